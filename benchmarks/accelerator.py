@@ -1,4 +1,4 @@
-"""How near its limits an accelerator decodes and updates, and how far the sampler is from the trainer in bfloat16.
+"""Decoding and update rates relative to an accelerator's limits, and the gap of sampler and trainer in bfloat16.
 
     python benchmarks/accelerator.py --size 1.7b
     python benchmarks/accelerator.py --size 0.6b --only decode --layer-loop unrolled
@@ -58,7 +58,7 @@ def config_of(options: argparse.Namespace, **changes: Any) -> TransformerConfig:
 
 
 def median_seconds(call: Callable[[], Any], repetitions: int) -> float:
-    """Of a call, after one that is not timed."""
+    """Median time of a call, after one untimed call."""
     jax.block_until_ready(call())
     found = []
     for _ in range(repetitions):
@@ -69,7 +69,7 @@ def median_seconds(call: Callable[[], Any], repetitions: int) -> float:
 
 
 def limits(repetitions: int, side: int, copied: int) -> dict[str, float]:
-    """Bytes and operations a second that this device reaches."""
+    """Bytes and operations per second that this device reaches."""
     source = jax.random.normal(jax.random.key(0), (copied // 2,), jnp.bfloat16)
     left, right = (jax.random.normal(jax.random.key(i), (side, side), jnp.bfloat16) for i in (1, 2))
     many = 10  # in one program, so that a call's own time does not count
@@ -180,7 +180,7 @@ def update(options: argparse.Namespace, found: dict[str, float]) -> dict[str, An
 
 
 def gap(options: argparse.Namespace, found: dict[str, float]) -> list[dict[str, Any]]:
-    """Of rows that are sampled, for each dtype; it has no limit."""
+    """The gap of log-probabilities on sampled rows, for each dtype; it has no limit."""
     del found
     measured = []
     for dtype in ("bfloat16", "float32"):

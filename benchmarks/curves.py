@@ -1,4 +1,4 @@
-"""Small runs of recipes: what a user should see move, measured. docs/gallery.md shows the curves.
+"""Small runs of recipes that measure the metrics they are expected to change. docs/gallery.md shows the curves.
 
     python benchmarks/curves.py                       # every recipe whose curve is missing or of an older recipe
     python benchmarks/curves.py grpo dler --seeds 3   # these
@@ -56,12 +56,12 @@ SMALL: dict[str, dict[str, Any]] = {
 EVALUATION = {"problems": 64, "samples_per_problem": 8, "k": [1, 8], "sequences_per_batch": 512}
 # The teacher of a student, and judged completions: accuracy of the one, problems and samples of each for the others.
 TEACHER_STOP, JUDGED_PROBLEMS, JUDGED_SAMPLES = 0.8, 1000, 8
-# What else is drawn beside what a recipe says that it shows.
+# Metrics that are plotted beside those that a recipe names.
 ALWAYS = ("correct_share",)
 
 
 def digest(tree: dict[str, Any]) -> str:
-    """Sixteen hex digits over what a recipe computes: its texts are left out."""
+    """Sixteen hex digits over the settings of a recipe that affect numbers; its texts are left out."""
     kept = {name: value for name, value in tree.items() if name not in ("about", "name", "shows")}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -104,7 +104,7 @@ def small(tree: dict[str, Any], steps: int = STEPS, sequences: int = SEQUENCES) 
 
 
 def warm_started(tree: dict[str, Any], cache: Path) -> dict[str, Any]:
-    """The config that goes on from its warm start, which is made where it is not kept yet."""
+    """The config that continues its warm start, which is run if it is not cached."""
     if not tree["warm_start"]["steps"]:
         return tree
     names = ("task", "model", "warm_start", "seed")
@@ -126,7 +126,7 @@ def warm_started(tree: dict[str, Any], cache: Path) -> dict[str, Any]:
 
 
 def supplied(tree: dict[str, Any], start: dict[str, Any], cache: Path) -> dict[str, Any]:
-    """The recipe with the files and the teacher that it leaves to its user."""
+    """The recipe with the files and the teacher that its user has to supply."""
     teacher = tree.get("networks", {}).get("teacher", {})
     if teacher.get("path") == "teacher":
         warm = tree["warm_start"] | {"stop_at_accuracy": TEACHER_STOP, "steps": 3000}
@@ -169,7 +169,7 @@ def judged(run: Path, kind: str) -> Path:
 
 
 def ran(tree: dict[str, Any], directory: Path) -> None:
-    """Take a run."""
+    """Run a config."""
     config = parse_config(tree | {"run_dir": str(directory)}, vocabulary_size=CharacterTokenizer().vocabulary_size)
     train(config, console=Console(quiet=True))
 

@@ -1,4 +1,4 @@
-"""What a penalty does to the variety of a policy's answers: pass@1 and pass@k before and after reinforcement.
+"""The effect of a penalty on the diversity of a policy's answers: pass@1 and pass@k before and after training.
 
     python benchmarks/divergences.py --json divergences.json --plot divergences.png
 
@@ -249,8 +249,10 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--directory", type=Path, default=None, help="keep warm-started policies here and reuse them")
     parser.add_argument("--json", type=Path, default=None, help="write accuracies of every seed and variant here")
     parser.add_argument("--plot", type=Path, default=None, help="write a figure here (needs matplotlib)")
-    parser.add_argument("--read", type=Path, nargs="+", default=[], help="what --json wrote: run only what is lacking")
-    parser.add_argument("--quick", action="store_true", help="only show that all parts work: a tiny model, one seed")
+    parser.add_argument(
+        "--read", type=Path, nargs="+", default=[], help="output of an earlier --json: run only the missing variants"
+    )
+    parser.add_argument("--quick", action="store_true", help="only test that all parts work: a tiny model, one seed")
     options = parser.parse_args(arguments)
     if options.quick:
         vars(options).update(steps=2, seeds=[0], problems=4, samples=8, k=[1, 8])

@@ -1,4 +1,4 @@
-"""Random damage to what users hand over: each input is taken, or refused in one short paragraph of ours, in bounds.
+"""Fuzzing of user inputs: each input is accepted, or refused with one short message of ours, within limits.
 
     python benchmarks/hostile.py [configs] [models] [templates] [jsonl] [--count N] [--seed N]
 
@@ -35,7 +35,7 @@ MOST_BYTES = 2**30
 
 
 class Case(NamedTuple):
-    """One input: what it is called, and what takes or refuses it."""
+    """One input: its name, and the function that accepts or refuses it."""
 
     name: str
     run: Callable[[], Any]
@@ -43,7 +43,7 @@ class Case(NamedTuple):
 
 class Outcome(NamedTuple):
     name: str
-    kind: str  # taken, refused, or what failed
+    kind: str  # "taken", "refused", or the failure
     seconds: float
     message: str
 
@@ -61,12 +61,12 @@ def own(error: BaseException) -> bool:
 
 
 def computed() -> float:
-    """Seconds of computing of this process and of those that it started and that have ended."""
+    """CPU seconds of this process and of its ended child processes."""
     return sum(os.times()[:4])
 
 
 def judged(case: Case) -> Outcome:
-    """What becomes of one input."""
+    """The result of one input."""
 
     def hangs(*_: Any) -> None:
         raise TimeoutError("hangs")
@@ -127,7 +127,7 @@ VALUES: tuple[Any, ...] = (
 
 
 def paths(tree: Any, here: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """Where values stand in nested mappings and lists."""
+    """Paths of values in nested mappings and lists."""
     inner = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
     for key, value in inner:
         yield (*here, key)
@@ -135,7 +135,7 @@ def paths(tree: Any, here: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 
 
 def strange(random_: random.Random, tree: Any) -> Any:
-    """A value that hardly fits, or one from elsewhere in the tree."""
+    """A value that is unlikely to fit, or one from elsewhere in the tree."""
     if random_.random() < 0.25 and (known := list(paths(tree))):
         return copy.deepcopy(at(tree, random_.choice(known)))
     if random_.random() < 0.03:

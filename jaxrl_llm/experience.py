@@ -1,6 +1,6 @@
 """The pytrees of a training step, and the protocols of methods.
 
-Shapes are written with the same letters everywhere:
+Shapes use the same letters in all modules:
 
     B  sequences (rows)          T  completion positions       P  prompt positions
     K  reward components         A  reference-answer positions V  vocabulary       D  model width
@@ -38,24 +38,24 @@ class KeyUse(IntEnum):
 
 
 def key_at(key: Array, *where: Int[Array, ""] | int) -> Array:
-    """The key at an address: the numbers are folded into it, the first one first."""
+    """The key with these numbers folded in, in their order."""
     for number in where:
         key = jax.random.fold_in(key, number)
     return key
 
 
 def uniforms_at(key: Array, *where: Int[Array, "*B"] | int) -> Float[Array, "B"]:
-    """A number in [0, 1) at each of B addresses, such as (step, prompt, sample), wherever the row stands in the batch.
+    """A random number in [0, 1) for each of B addresses, such as (step, prompt, sample), in any order of rows.
 
     Args:
-      key: that the addresses belong to.
-      where: numbers of an address, each one of all rows or one a row.
+      key: base key.
+      where: numbers of the address, each a scalar or one number per row.
     """
     return jax.vmap(lambda *at: jax.random.uniform(key_at(key, *at)))(*jnp.broadcast_arrays(*where))
 
 
 class Source(IntEnum):
-    """Where a completion token came from (`Experience.source`)."""
+    """Origin of a completion token (`Experience.source`)."""
 
     PAD = 0  # after the end of the completion
     SAMPLED = 1  # drawn by the policy: trained on by default
@@ -100,7 +100,7 @@ class Experience:
       group: id of the group (the samples of one prompt); any integers in [0, B).
       weight: weight of the row in losses and statistics; 0 for an absent row.
       tokens: completion tokens, right-padded; the end-of-sequence token is part of the completion.
-      length: completion tokens including end of sequence.
+      length: tokens of each completion, including end of sequence.
       source: a `Source` for each completion token.
       mask: 1 on the tokens that are trained on.
       behaviour_logprobs: log-probability of each token under the distribution that it was sampled from.
@@ -236,10 +236,10 @@ class TrainState:
 
 
 class Loss(NamedTuple):
-    """A scalar objective as a sum and a count, so that any split of a batch gives the same gradient.
+    """A scalar objective as a numerator and a denominator, so that any split of a batch gives the same gradient.
 
-    The value is numerator / denominator; the division happens once, after microbatches and devices are summed.
-    The denominator must not depend on the current policy.
+    The value is numerator / denominator; the division follows the sum over microbatches and devices. The denominator
+    must not depend on the parameters.
 
     Attributes:
       numerator: float32 scalar, differentiable.

@@ -74,10 +74,10 @@ PROVIDERS = {
 _ROWS: Any = (
     # arrays of sampling
     ("prompt_tokens", "prompt", "rollout", "prompt tokens, left-padded"),
-    ("prompt_length", "row", "rollout", "real tokens of the prompt"),
+    ("prompt_length", "row", "rollout", "tokens of the prompt without padding"),
     ("prompt_id", "row", "rollout", "stable id of the prompt in its data set"),
     ("answer_tokens", "vector", "rollout", "reference answer, right-padded"),
-    ("answer_length", "row", "rollout", "real tokens of the reference answer"),
+    ("answer_length", "row", "rollout", "tokens of the reference answer without padding"),
     ("sample", "row", "rollout", "number of the sample within its group"),
     ("group", "row", "rollout", "id of the group: the samples of one prompt"),
     ("weight", "row", "rollout", "weight of the row; 0 for an absent row", 0.0, True),
@@ -136,7 +136,7 @@ _ROWS: Any = (
     ("entropy_history", "token", "credit", "mean entropy of earlier updates at the token's turn; 0: none", 0.0, True),
     ("position_entropy", "row", "credit", "entropy of the tokens after the prompt in the data", float("nan"), True),
     ("kl_coefficients", "row", "credit", "cost of a nat of divergence per row, in units of reward", 0.0, True),
-    ("kl_anchor", "row", "credit", "mean distance of the policy from an anchor, in nats", 0.0, True),
+    ("kl_anchor", "row", "credit", "the estimate of the KL to the reference in KTO, in nats", 0.0, True),
     # data
     ("demonstration_tokens", "token", "data", "reference completion, right-padded"),
     ("demonstration_length", "row", "data", "real tokens of the reference completion"),
@@ -154,7 +154,7 @@ _ROWS: Any = (
     ("stop", "row", "environment", "why the episode ended (rollout.StopReason)"),
     ("solved", "row", "environment", "1 if the environment reports success"),
     # engines, plans, written rows
-    ("staleness", "row", "engine", "steps between the policy that sampled a row and the one that learns from it"),
+    ("staleness", "row", "engine", "steps between the policy that sampled a row and the policy in training"),
     ("baseline_rewards", "row", "greedy_baseline", "reward of the prompt's greedy completion"),
     ("branch", "row", "further", "1 for rows sampled in the second round of a plan"),
     ("trajectory", "row", "further", "index of the row with the whole text of this row"),

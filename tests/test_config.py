@@ -566,7 +566,7 @@ def test_a_run_lies_where_it_says_or_under_its_name(parsed):
         ("rollout.temperature=0", "rollout.temperature is 0.0; it must be above 0"),
         ("mesh.devices=99", "mesh.devices is 99, but this process sees"),
         ("mesh.tensor=3", r"mesh.tensor 3 is 3, but there are \d+ devices; choose sizes whose product is"),
-        ("mesh.rules={mpl: []}", "mesh.rules names 'mpl', which is no axis of an array; did you mean mlp"),
+        ("mesh.rules={mpl: []}", "mesh.rules names 'mpl', which is not an axis of an array; did you mean mlp"),
         ("training.bfloat16_update=master", "model.parameter_dtype is 'float32'; set it to bfloat16, or leave"),
         ("rewards=[]", "names 'rewards', which nothing in this step provides; a function in rewards provides it"),
         ("losses=[clipped_surogate]", "did you mean 'clipped_surrogate'"),

@@ -200,7 +200,7 @@ def test_every_page_is_in_the_navigation():
     assert sorted(named) == sorted([*PAGES, *notebooks])
 
 
-@pytest.mark.parametrize("page", ["loss.md", "loop.md", "reward.md"])
+@pytest.mark.parametrize("page", ["loss.md", pytest.param("loop.md", marks=pytest.mark.slow), "reward.md"])
 def test_the_python_of_the_how_to_pages_runs(page):
     shared: dict = {}
     for block in re.findall(r"^```python\n(.*?)\n```$", (DOCS / "how_to" / page).read_text(), re.M | re.S):

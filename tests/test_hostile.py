@@ -413,6 +413,7 @@ def seconds(function, text: str) -> float:
     return time.thread_time() - start
 
 
+@pytest.mark.slow
 def test_no_pattern_is_quadratic():
     """Of four times the text a linear pattern takes four times as long, and a quadratic one sixteen times."""
     known, slow = {pattern: place for place, pattern in patterns()}, []

@@ -493,7 +493,7 @@ def a_stage_trains(built: Parts, start: Any) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=pytest.mark.slow) if number % 8 else name
+        pytest.param(name, marks=pytest.mark.slow) if number % 14 else name
         for number, name in enumerate(RECIPES)
         if name not in AMONG_THE_FAST
     ],

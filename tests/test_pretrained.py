@@ -124,6 +124,7 @@ def test_the_shipped_config_trains_a_checkpoint_on_a_file(run):
     assert all(np.isfinite(line["loss"]) for line in lines)
 
 
+@pytest.mark.slow
 def test_eval_sample_and_resume_read_the_run(run, files):
     found = json.loads(call("eval", run, "--k", "1,2", "--problems", "4", "--json"))
     assert 0 <= found["pass@1"] <= found["pass@2"] <= 1
@@ -190,6 +191,7 @@ def test_an_imported_checkpoint_is_the_checkpoint(files):
     assert "error" in call("import", files.checkpoint, out, status=2)
 
 
+@pytest.mark.slow
 def test_sample_reads_a_model_directory_plain_and_as_a_chat(files):
     arguments = ["sample", files.checkpoint, "--prompt", "clips", "--max-tokens", "5", "-n", "2", "--json"]
     plain, chat = json.loads(call(*arguments)), json.loads(call(*arguments, "--chat"))

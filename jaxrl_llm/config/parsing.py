@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import functools
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,7 @@ from jaxrl_llm.yaml_text import MOST_BYTES, MOST_LEVELS, yaml_values
 
 _MOST_BASES = 20
 _LONGEST_KEY = 200
+_LONGEST_KEPT = 10_000  # letters of a file that is parsed once
 _LARGEST = 2**63
 _PATHS = ("path", "file", "directory", "_dir", "init_from")  # what keys of paths end with
 _LONGEST_NAME, _LONGEST_PATH = 255, 4095  # bytes
@@ -141,9 +143,13 @@ def _base_path(path: Path, base: Any) -> Path:
 
 def _values(text: str, where: str) -> Any:
     try:
-        return yaml_values(text, where)
+        # Most recipes extend the same few files.
+        return copy.deepcopy(_parsed(text, where)) if len(text) <= _LONGEST_KEPT else yaml_values(text, where)
     except ValueError as error:
         raise ConfigError(str(error)) from None
+
+
+_parsed = functools.lru_cache(maxsize=1024)(yaml_values)
 
 
 def _merged(under: Mapping, over: Mapping) -> dict:

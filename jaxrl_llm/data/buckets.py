@@ -1,18 +1,18 @@
-"""Widths that prompts are padded to: a few, so that data of all lengths needs a handful of programs."""
+"""Widths that prompts are padded to: a few, so that prompts of all lengths need few compiled programs."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 _NARROWEST = 64
-# From here on half a doubling is much padding, and a program more is worth it.
+# From here on a doubling means much padding, and another program is worth it.
 _HALVED_FROM = 1024
 
 
 def buckets(limit: int) -> tuple[int, ...]:
     """Widths up to a limit: powers of two from 64 on, from 1024 on with their midpoints, and the limit itself.
 
-    One that the limit exceeds by less than a third is left out.
+    A width that the limit exceeds by less than a third is left out.
 
     Raises:
       ValueError: for a limit below 1.
@@ -32,10 +32,10 @@ def buckets(limit: int) -> tuple[int, ...]:
 
 
 def bucket_of(length: int, widths: Sequence[int]) -> int:
-    """The smallest of some widths that holds a length.
+    """The smallest width that is at least a length.
 
     Raises:
-      ValueError: when none does.
+      ValueError: if all widths are smaller.
     """
     holding = [width for width in widths if width >= length]
     if not holding:

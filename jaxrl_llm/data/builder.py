@@ -1,7 +1,7 @@
 """Data sets on disk: a specification is written once as a TFDS data set and read back by random access.
 
 The directory's name holds a hash of the whole specification, so another specification never reuses the files. TFDS
-writes into a temporary directory and renames it at the end: a write that is killed leaves nothing that is read later.
+writes into a temporary directory and renames it at the end, so a killed write leaves no readable data set.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from jaxrl_llm.data.tasks.items import GENERATOR_VERSION, SPLITS, Item, record, 
 
 @dataclass(frozen=True)
 class DataSpec:
-    """What a data set holds; equal specifications hold the same items, byte for byte.
+    """Specification of a data set; equal specifications give the same items, byte for byte.
 
     Attributes:
       task: name of a task family, see `tasks.names()`.
-      levels: levels that are mixed in the set; each gets the same share of the items.
+      levels: levels of the items; each has the same share of them.
       split: "train", "validation", "test" or "extrapolation".
-      count: items in all levels together.
+      count: number of items in all levels together.
       seed: seed of the generators.
-      options: options of the task; those not named take their defaults.
+      options: options of the task; missing ones have their defaults.
     """
 
     task: str
@@ -55,7 +55,7 @@ class DataSpec:
 
     @property
     def canonical(self) -> str:
-        """The specification as text, the same for equal specifications."""
+        """The specification as text; equal specifications give equal text."""
         fields = {name: getattr(self, name) for name in ("task", "levels", "split", "count", "seed", "options")}
         return json.dumps(fields | {"generator_version": GENERATOR_VERSION}, sort_keys=True)
 
@@ -83,7 +83,7 @@ class DataSet(Sequence[dict[str, Any]]):
 
     Attributes:
       spec: what it holds.
-      directory: where it lies.
+      directory: of its files.
       source: the TFDS data source.
       fingerprint: hash over the specification and the content, for checkpoints.
     """
@@ -97,7 +97,7 @@ class DataSet(Sequence[dict[str, Any]]):
         return len(self.source)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        if not 0 <= index < len(self.source):  # where iteration ends
+        if not 0 <= index < len(self.source):  # ends iteration
             raise IndexError(f"item {index} of {len(self.source)}")
         return self._whole(record(self.source[index], index))
 
@@ -105,7 +105,7 @@ class DataSet(Sequence[dict[str, Any]]):
         return [self._whole(each) for each in self.stored(indices)]
 
     def stored(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        """Records as they lie on disk, without the columns that are made of them."""
+        """Records as stored on disk, without derived columns."""
         elements = zip(self.source.__getitems__(indices), indices, strict=True)
         return [record(element, index) for element, index in elements]
 
@@ -126,14 +126,14 @@ def fingerprint(spec: DataSpec, records: Sequence[Mapping[str, Any]]) -> str:
 
 
 def data_set(spec: DataSpec, data_dir: str) -> DataSet:
-    """The data set of a specification, written under `data_dir` if it is not there yet.
+    """The data set of a specification, written under `data_dir` if it does not exist.
 
     Args:
       spec: what it holds.
       data_dir: directory of all data sets; made if missing.
 
     Raises:
-      ValueError: if the task has not enough distinct items, or if the files on disk are not what was written.
+      ValueError: if the task has too few distinct items, or if the files on disk were changed.
     """
     builder: Any = _builder(spec, data_dir)
     if not builder.data_path.exists():
@@ -175,7 +175,7 @@ def _written(spec: DataSpec, data_dir: str, builder: Any) -> Any:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what TFDS prints: the terminal belongs to the run's own progress."""
+    """Suppress the output of TFDS, so that the terminal shows only the progress of the run."""
     import tensorflow_datasets as tfds
 
     tfds.disable_progress_bar()

@@ -1,6 +1,6 @@
-"""Chat templates: messages -> text, rendered in a sandbox, and whether a template keeps what was said before.
+"""Chat templates: messages -> text, rendered in a sandbox, and whether a template keeps earlier turns unchanged.
 
-A template is a program that came with a model's files. It runs in jinja2's immutable sandbox, with the settings and
+A template is a program from the files of a model. It runs in jinja2's immutable sandbox, with the settings and
 the helper functions that `transformers` gives it, in a process of bounded time and memory
 (`jaxrl_llm.sandbox.template_rendering`).
 """
@@ -25,11 +25,11 @@ Message = Mapping[str, Any]
 
 _WORKERS = Workers({"rendered": "jaxrl_llm.sandbox.template_rendering:rendered"}, memory_bytes=MOST_BYTES)
 atexit.register(_WORKERS.close)
-# Of the clock: only a machine that stands still takes so long.
+# Wall time; only a stalled machine needs so long.
 _PATIENCE = 60.0
 _MOST_BYTES = 2**20  # of a template
 
-# A prompt that holds today's date would be another prompt when a run is resumed tomorrow.
+# A prompt with the current date would change when a run is resumed on another day.
 FIXED_DATE = datetime.date(2024, 7, 26)
 
 _QUESTION: Message = {"role": "user", "content": "What is 2+3?"}
@@ -41,11 +41,11 @@ _PROBES: tuple[Sequence[Message], ...] = tuple(
 
 @dataclass(frozen=True, eq=False)
 class ChatTemplate:
-    """A template with everything but the messages settled.
+    """A template with fixed options; only the messages vary.
 
     Attributes:
       source: text of the template.
-      special_tokens: what the template may name, such as bos_token.
+      special_tokens: special tokens by name, such as bos_token, that the template may use.
       options: further variables of the template, such as enable_thinking.
       date: what `strftime_now` formats in the template; fixed, so that a run has the same prompts on every day.
     """
@@ -68,8 +68,8 @@ class ChatTemplate:
           add_generation_prompt: end with the header after which the assistant speaks.
 
         Raises:
-          ValueError: if the template is no valid template, refuses the messages, tries what the sandbox forbids, or
-            needs more time or memory than a template may.
+          ValueError: if the template is not valid, refuses the messages, attempts a forbidden operation, or exceeds the
+            limit of time or memory.
         """
         variables = {"tools": None, "documents": None} | dict(self.special_tokens) | dict(self.options)
         said = [{key: value for key, value in message.items() if value is not None} for message in messages]
@@ -99,7 +99,7 @@ def template_source(directory: Path, tokenizer_config: Mapping[str, Any]) -> str
     chat_template.json (which vision-language models have), else None.
 
     Raises:
-      ValueError: if the entry is a list of named templates without a default one, or no text at all.
+      ValueError: if the entry is a list of named templates without a default one, or is not text.
     """
     file = directory / "chat_template.jinja"
     if file.is_file():
@@ -127,10 +127,11 @@ def template_source(directory: Path, tokenizer_config: Mapping[str, Any]) -> str
 
 
 def rewritten_turn(template: ChatTemplate, messages: Sequence[Message]) -> int | None:
-    """The first assistant turn that stands in the whole conversation otherwise than where it was said; None if none.
+    """The first assistant turn whose text in the whole conversation differs from its text when it was sampled; None if
+    none.
 
-    A turn was said behind the generation prompt of what came before it. If that text is not a prefix of the whole
-    conversation, the policy is conditioned on something that it never said. White space around a turn does not count.
+    A turn is sampled after the generation prompt of the messages before it. If that text is not a prefix of the whole
+    conversation, the policy is conditioned on text that it did not generate. White space around a turn does not count.
 
     Returns:
       Index into the messages.
@@ -146,9 +147,9 @@ def rewritten_turn(template: ChatTemplate, messages: Sequence[Message]) -> int |
 
 
 def rewrites_history(template: ChatTemplate) -> bool:
-    """Whether the template changes earlier assistant turns, such as one that drops their reasoning.
+    """Whether the template changes earlier assistant turns, for example by dropping their reasoning.
 
-    Found by rendering two conversations of two turns, one with a reasoning part in its first answer.
+    The test renders two conversations of two turns, one with a reasoning part in its first answer.
     """
     return any(rewritten_turn(template, probe) is not None for probe in _PROBES)
 

@@ -1,4 +1,4 @@
-"""From items to token ids: left-padded prompts, right-padded answers, and nothing that is ever cut."""
+"""Items as token ids: left-padded prompts and right-padded answers, never truncated."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ Record = dict[str, Any]
 
 
 class Tokenizer(Protocol):
-    """What the pipeline asks of a tokenizer; `CharacterTokenizer` and `HuggingFaceTokenizer` are two.
+    """The tokenizer interface of the pipeline; `CharacterTokenizer` and `HuggingFaceTokenizer` are two.
 
     Attributes:
-      pad_id: fills rows up; may be one of `eos_ids`.
+      pad_id: padding; may be one of `eos_ids`.
       eos_id: ends reference completions.
       eos_ids: every id that ends a completion; `eos_id` is the first.
       vocabulary_size: one more than the largest id.
-      encode: ids of a text, with nothing put around it.
-      decode: text of ids.
-      token_bytes: what each token stands for, by id; None for those without text.
-      prompt_ids: ids of a record's prompt, with all that stands around its body.
+      encode: ids of a text, without added special tokens.
+      decode: the text of ids.
+      token_bytes: the bytes of each token, by id; None for tokens without text.
+      prompt_ids: ids of a record's whole prompt, template included.
       completion_ids: ids of a completion to a record's prompt, end of sequence included.
     """
 
@@ -49,8 +49,8 @@ class Row(NamedTuple):
 
     Attributes:
       item: its record.
-      prompt: the item's prompt, as the tokenizer makes it of the body.
-      completion: reference answer, or reference completion.
+      prompt: token ids of the item's prompt.
+      completion: token ids of the reference answer or reference completion.
     """
 
     item: Record
@@ -66,7 +66,7 @@ def encode_prompts(
     max_answer_tokens: int,
     overlong: Overlong = "error",
 ) -> Prompts:
-    """Prompts of a list of items, in its order; items that are too long are an error or left out."""
+    """Prompts of a list of items, in order; items that are too long are an error or are left out."""
     limits = (max_prompt_tokens, max_answer_tokens)
     rows, _ = encoded_rows(items, tokenizer, answer_ids(tokenizer), "answer", limits, overlong)
     return padded_prompts(rows, tokenizer.pad_id, limits)
@@ -85,10 +85,10 @@ def encoded_rows(
     limits: tuple[int, int],
     overlong: Overlong,
 ) -> tuple[list[Row], int]:
-    """Every item of the source as token ids, and how many were dropped.
+    """(the items of the source as token ids, the number of dropped items).
 
     Raises:
-      ValueError: naming the item, for one that cannot be encoded, or that is too long unless those are dropped.
+      ValueError: for an item that cannot be encoded, or that is too long if overlong is "error"; names the item.
     """
     if overlong not in ("error", "drop"):
         raise ValueError(f"overlong is {overlong!r}; it must be 'error' or 'drop'")
@@ -160,6 +160,6 @@ def padded_arrays(rows: Sequence[Row], pad_id: int, limits: tuple[int, int]) -> 
 
 
 def padded_prompts(rows: Sequence[Row], pad_id: int, limits: tuple[int, int]) -> Prompts:
-    """The rows as `Prompts` of numpy arrays."""
+    """The rows as `Prompts` of NumPy arrays."""
     fields: dict[str, Any] = dict(padded_arrays(rows, pad_id, limits))
     return Prompts(**fields)

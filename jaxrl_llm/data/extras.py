@@ -1,4 +1,4 @@
-"""Packages of the extras, imported where they are used, so that the rest of the library does without them."""
+"""Optional packages, imported where they are used, so that the rest of the library works without them."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _FOR = {
 
 
 def imported(module: str, extra: str = "hf") -> Any:
-    """A module of an extra.
+    """Import a module of an extra.
 
     Raises:
-      ValueError: if it is not installed; says how to install it.
+      ValueError: if it is not installed; names the install command.
     """
     try:
         return importlib.import_module(module)

@@ -1,18 +1,18 @@
-r"""Where the final answer stands in a worked solution: behind `####`, or in the last `\boxed{}`."""
+r"""The final answer of a worked solution: after `####`, or in the last `\boxed{}`."""
 
 from __future__ import annotations
 
 import re
 
 HASHES = "####"
-# Inside of \boxed, or of \fbox, as older solutions write it.
+# The content of \boxed, or of \fbox in older solutions.
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
-# An escaped brace is a sign of the text and closes nothing.
+# An escaped brace is text and closes no box.
 _BRACE = re.compile(r"\\[{}]|[{}]")
 
 
 def after_hashes(text: str) -> str | None:
-    """What stands behind the last `####`, up to the end of its line; None where there is none.
+    """The text after the last `####`, up to the end of its line; None if there is none.
 
     >>> after_hashes("4*12=48 clips\\n#### 48")
     '48'
@@ -22,9 +22,9 @@ def after_hashes(text: str) -> str | None:
 
 
 def in_last_box(text: str) -> str | None:
-    r"""What stands in the last `\boxed{}`, with the braces inside of it balanced; None where there is none.
+    r"""The content of the last `\boxed{}`, with balanced braces; None if there is none.
 
-    A box that is never closed, as in a completion that was cut off, is no box.
+    A box that is not closed, as in a truncated completion, does not count.
 
     >>> in_last_box(r"so \boxed{3}, no: \boxed{\frac{1}{2}}")
     '\\frac{1}{2}'
@@ -34,7 +34,7 @@ def in_last_box(text: str) -> str | None:
 
 
 def last_box_span(text: str) -> tuple[int, int] | None:
-    """Where the inside of the last closed box starts and ends."""
+    """Start and end of the content of the last closed box."""
     boxes = {match.end() for match in _BOX.finditer(text)}
     opened: list[int] = []
     last: tuple[int, int] | None = None
@@ -49,7 +49,7 @@ def last_box_span(text: str) -> tuple[int, int] | None:
 
 
 def marked_answer(text: str) -> str | None:
-    r"""The answer behind the last mark of either kind, `####` or a closed `\boxed{}`; None where there is no mark.
+    r"""The answer at the last mark of either kind, `####` or a closed `\boxed{}`; None if there is no mark.
 
     >>> marked_answer("#### 7, I mean \\boxed{8}")
     '8'

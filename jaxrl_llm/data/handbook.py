@@ -1,4 +1,4 @@
-"""A handbook: short instructions by name, of which each problem gets those that fit it."""
+"""A handbook: short named instructions; each problem gets the ones that match it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Entry(NamedTuple):
     Attributes:
       name: short, unique in a handbook.
       instruction: one line.
-      tag: a subject that it belongs to; empty for none.
+      tag: its subject; empty for none.
     """
 
     name: str
@@ -28,7 +28,7 @@ class Entry(NamedTuple):
 
 
 def written_entries(text: str) -> list[Entry]:
-    r"""The entries that a model has written, a line `name: instruction` each; other lines are none.
+    r"""The entries that a model has written, one per line `name: instruction`; other lines are ignored.
 
     >>> written_entries("I would note:\ncheck units: write the unit beside each number\n\n")
     [Entry(name='check units', instruction='write the unit beside each number', tag='')]
@@ -38,7 +38,7 @@ def written_entries(text: str) -> list[Entry]:
 
 
 def unique(entries: Sequence[Entry]) -> tuple[Entry, ...]:
-    """Entries of which the first of each name is kept."""
+    """The first entry of each name."""
     first: dict[str, Entry] = {}
     for entry in entries:
         first.setdefault(entry.name, entry)
@@ -49,7 +49,7 @@ def read_handbook(path: str) -> tuple[Entry, ...]:
     """The entries of a file whose rows have `name`, `instruction` and perhaps `tag`; the first of each name is kept.
 
     Raises:
-      ValueError: for a row without one of the first two, by file and line.
+      ValueError: for a row without a name or an instruction; names file and line.
     """
     entries = []
     for where, row in row_objects(path, "handbook")[0]:
@@ -61,7 +61,8 @@ def read_handbook(path: str) -> tuple[Entry, ...]:
 
 
 def nearest_entries(query: Float[np.ndarray, "D"], entries: Float[np.ndarray, "N D"], count: int) -> list[int]:
-    """The entries of largest cosine to a query, at most `count`; of equal ones the first. A zero vector has none.
+    """Indices of the entries with the largest cosine to a query, at most `count`; ties go to the first. A zero vector
+    matches none.
 
     >>> nearest_entries(np.array([1.0, 1, 0]), np.array([[1.0, 0, 0], [1, 1, 0], [0, 0, 1], [0, 2, 0]]), 3)
     [1, 0, 3]
@@ -78,16 +79,16 @@ def nearest_entries(query: Float[np.ndarray, "D"], entries: Float[np.ndarray, "N
 
 
 def chooser(entries: Sequence[Entry], *, count: int, by: str) -> Callable[[Mapping[str, Any]], list[Entry]]:
-    """What chooses the entries that a problem gets, from its record.
+    """The function from a problem's record to its entries.
 
     Args:
-      entries: of a handbook.
-      count: of entries at most.
-      by: "similarity" the nearest by the cosine of word counts; "mention" those whose name stands in the problem, in
-        the order of the handbook; else the column of the record that their tag is equal to.
+      entries: the handbook.
+      count: largest number of entries.
+      by: "similarity" the nearest by the cosine of word counts; "mention" those whose name occurs in the problem, in
+        the order of the handbook; otherwise the name of a column of the record, whose value must equal their tag.
 
     Raises:
-      ValueError: when it is called, for a column that the record does not have.
+      ValueError: from the returned function, for a column that the record does not have.
 
     Reference: metacognitive reuse (2509.13237).
     Certainty: recalled
@@ -120,12 +121,12 @@ def with_handbook(
     by: str = "similarity",
     line: str = "{name}: {instruction}\n",
 ) -> dict[str, ProblemSet]:
-    """Problems with the column `handbook`: the lines of the entries that each gets; empty where none fits.
+    """Problems with the column `handbook`: the lines of its entries; empty if none matches.
 
     Args:
       sets: splits.
       entries: name -> instruction.
-      path: of a file with further ones.
+      path: of a file with further entries.
       count, by: as for `chooser`.
       line: text of an entry, with {name} and {instruction}.
 

@@ -1,6 +1,6 @@
 """The problems of a run: splits that never overlap, of one data set or a weighted mixture of several.
 
-What is left out is counted by its reason.
+Omitted rows are counted by reason.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from jaxrl_llm.data.tasks.items import split_of
 
 @dataclass(frozen=True)
 class Refining:
-    """Which rows of a data set become problems; what is left out is counted.
+    """Which rows of a data set become problems; omitted rows are counted.
 
     Attributes:
       where: conditions on the columns that rows have to meet, expressions of jinja2 such as "level|int < 3"; `body`,
         `answer` and `response` are columns, too.
-      limit: training problems at most, the first ones; None takes all.
+      limit: largest number of training problems, the first ones; None takes all.
       duplicates: "keep", or "drop" for prompts that an earlier row of the split has.
-      overlap: of splits: "error", "drop" for prompts of a split that stand in one that is measured on, or "keep".
-      unusable: rows without a prompt or an answer that can be read: "error", or "drop".
+      overlap: of splits: "error", "drop" for prompts of a split that also occur in an evaluation split, or "keep".
+      unusable: rows without a readable prompt or answer: "error" or "drop".
     """
 
     where: tuple[str, ...] = ()
@@ -50,13 +50,13 @@ class ProblemSet(Sequence[dict[str, Any]]):
     own) and `wording` (its text).
 
     Attributes:
-      path: where they come from.
+      path: of the data.
       split: "train", "validation" or "test".
       records: the records.
       fingerprint: hash over the content, how it was read, and the split, for checkpoints.
-      dropped: rows that were left out, by reason.
+      dropped: number of omitted rows, by reason.
       sources: names of the sources of a mixture.
-      weights: their shares of the prompts of a step, up to a factor; empty where all records come equally often.
+      weights: their shares of the prompts of a step, up to a factor; empty if all records come equally often.
     """
 
     path: str
@@ -87,20 +87,20 @@ def problem_sets(
 ) -> dict[str, ProblemSet]:
     """The three splits of a user's data.
 
-    A split with a path of its own is that; one that the data set of `path` has by name is taken from there. Any other
-    is cut out of `path` by the hash of the prompt (8 of 10 train, 1 validation, 1 test), so that it stays the same when
-    rows are added or moved, and equal prompts share a split.
+    A split with its own path is read from there; a split that the data set at `path` has by name is taken from it. Any
+    other split is a part of `path` by the hash of the prompt (8 of 10 train, 1 validation, 1 test), so that it stays
+    the same when rows are added or moved, and equal prompts share a split.
 
     Args:
-      path: training data, and whatever has no path of its own; see `row_files`.
+      path: training data, and splits without their own path; see `row_files`.
       fields: which columns hold what.
       validation_path: of the validation split.
       test_path: of the test split.
-      refining: which rows are taken.
+      refining: which rows are used.
 
     Raises:
-      ValueError: for data that are missing, rows that cannot be used (named), a split without any row, or a prompt
-        that stands in two splits.
+      ValueError: for data that are missing, rows that cannot be used (named), a split without any row, or a prompt that
+        occurs in two splits.
     """
     found, named = stored(path)
     read = {"train": _kept(f"{path}", *found.rows(named or "train"), fields, refining)}
@@ -141,7 +141,7 @@ def problem_sets(
 def _kept(
     path: str, rows: Sequence[Row], digest: str, fields: Fields, refining: Refining
 ) -> tuple[list[dict[str, Any]], str, dict[str, int]]:
-    """(records of the rows that are taken, hash of them all, what was left out by reason)."""
+    """(records of the used rows, hash of all rows, number of omitted rows by reason)."""
     records, problems = records_of(rows, fields)
     if refining.unusable == "error":
         require_usable(path, records, problems)
@@ -170,7 +170,7 @@ def _distinct(sets: dict[str, ProblemSet], refining: Refining) -> dict[str, Prob
 
 
 def _left(one: ProblemSet, reason: str, first: Mapping[str, int]) -> ProblemSet:
-    """Without records whose prompt another record stands for; `first` says which."""
+    """Without the records whose prompt `first` maps to another record."""
     kept = tuple(each for each in one.records if first.get(prompt_key(each), each["item_id"]) == each["item_id"])
     gone = len(one.records) - len(kept)
     return replace(one, records=kept, dropped={**one.dropped, reason: gone}) if gone else one
@@ -222,14 +222,14 @@ def mixture(
     *,
     overlap: Literal["error", "drop", "keep"] = "error",
 ) -> dict[str, ProblemSet]:
-    """Several sources as one, whose records say where they come from (`data_source`).
+    """Several sources as one; the column `data_source` of a record names its source.
 
-    The id of a record follows from its own in its source and from the number of sources, not from their sizes.
+    The id of a record depends on its id in its source and on the number of sources, not on their sizes.
 
     Args:
       parts: name of a source -> its splits, the same of each; `ProblemSet`s or `DataSet`s.
       weights: of the sources in training, in their order; empty takes all records equally often.
-      overlap: of the splits of different sources, as of `Refining`.
+      overlap: for splits of different sources, as in `Refining`.
 
     Raises:
       ValueError: for splits that overlap.
@@ -254,13 +254,14 @@ def with_examples(
     shown: Callable[[Mapping[str, Any]], str],
     given: Sequence[Mapping[str, Any]] | None = None,
 ) -> dict[str, ProblemSet]:
-    """Problems with solved ones before their prompts, the same before all.
+    """Problems with solved examples before their prompts, the same for all.
 
     Args:
       sets: splits, with a training split unless examples are given.
-      count: of the examples: training problems, the first by the hash of their prompts, which are not trained on then.
+      count: number of examples: training problems, the first by the hash of their prompts, which are then removed from
+          training.
       shown: record -> text of an example.
-      given: records of which the first are the examples instead.
+      given: records whose first ones are the examples instead.
 
     Raises:
       ValueError: for fewer than `count`.
@@ -285,15 +286,15 @@ def with_examples(
 
 
 def with_templates(sets: Mapping[str, Sequence[dict[str, Any]]], templates: Mapping[str, str]) -> dict[str, ProblemSet]:
-    """Each training problem once in every template, as problems of their own; others in the first template alone.
+    """Each training problem once in every template, as separate problems; other splits use the first template alone.
 
-    So an epoch shows a prompt in all templates, and the samples of a group share one. Where the problems are no
-    mixture, the template is the `data_source` too, and metrics are told for each.
+    So an epoch has each prompt in all templates, and the samples of a group share one template. If the problems are not
+    a mixture, `data_source` is the template's name, and metrics are reported for each.
 
     Args:
       sets: splits.
-      templates: name -> text with `{body}` where the prompt goes, as often as it is to be read, and columns of the
-        record as in jinja2, such as a hint.
+      templates: name -> text with `{body}` in each place of the prompt, and columns of the record as in jinja2, such as
+        a hint.
 
     Raises:
       ValueError: for a text without a place for the prompt, or a column that a record does not have.
@@ -323,12 +324,12 @@ def with_templates(sets: Mapping[str, Sequence[dict[str, Any]]], templates: Mapp
 def with_column(
     sets: Mapping[str, Sequence[dict[str, Any]]], name: str, text: str, *, of_prompt: bool = True
 ) -> dict[str, ProblemSet]:
-    """Problems with one more column: a text of their prompts and other columns.
+    """Problems with one more column: a text made of their prompts and other columns.
 
     Args:
       sets: splits.
       name: of the column.
-      text: with `{body}` where the prompt goes, and columns of the record as in jinja2.
+      text: with `{body}` in the place of the prompt, and columns of the record as in jinja2.
       of_prompt: the text must have a place for the prompt.
 
     Raises:
@@ -347,16 +348,16 @@ def with_column(
 def with_made_column(
     sets: Mapping[str, Sequence[dict[str, Any]]], name: str, made: Callable[[Mapping[str, Any]], str], described: str
 ) -> dict[str, ProblemSet]:
-    """Problems with one more column, which a function makes of the others.
+    """Problems with one more column, computed by a function of the others.
 
     Args:
       sets: splits.
       name: of the column.
       made: record -> text.
-      described: what the function does; equal descriptions make equal columns.
+      described: description of the function; equal descriptions must give equal columns.
 
     Raises:
-      ValueError: for conversations, which have no one prompt, or what `made` raises.
+      ValueError: for conversations, which have no single prompt; errors of `made` are passed on.
     """
     found = {}
     for split, one in sets.items():
@@ -375,5 +376,5 @@ def with_made_column(
 
 
 def prompt_key(item: Mapping[str, Any]) -> str:
-    """What makes two prompts the same: the text, or the whole conversation."""
+    """Key of equal prompts: the text, or the whole conversation."""
     return json.dumps(item["messages"], sort_keys=True) if "messages" in item else item["body"]

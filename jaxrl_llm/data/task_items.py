@@ -24,7 +24,7 @@ class TaskItems(tfds.core.GeneratorBasedBuilder):
     """The TFDS builder of synthetic tasks; `data_set` is the usual way in."""
 
     VERSION = tfds.core.Version("1.0.0")
-    # TFDS would look beside the code for checksums, through a package that it does not require. Nothing is downloaded.
+    # TFDS would look for checksums with a package that it does not require. Nothing is downloaded.
     code_path = None
 
     @property

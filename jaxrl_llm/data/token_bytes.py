@@ -1,4 +1,4 @@
-"""The bytes that each token of a `tokenizers` vocabulary stands for."""
+"""The bytes of each token of a `tokenizers` vocabulary."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def token_bytes(backend: Any, size: int, *, silent: Collection[int] = ()) -> lis
     Args:
       backend: a `tokenizers.Tokenizer`.
       size: number of ids.
-      silent: ids that stand for no text.
+      silent: ids without text.
     """
     described = json.loads(backend.to_str())
     added = {entry["id"] for entry in described.get("added_tokens") or []}

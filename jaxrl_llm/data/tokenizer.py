@@ -1,4 +1,4 @@
-"""The built-in tokenizer: one token a character, and a few control tokens; nothing to train or to download."""
+"""The built-in tokenizer: one token per character, and a few control tokens; it needs no training and no download."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ CHARACTERS = "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ+-*/
 
 @dataclass(frozen=True)
 class CharacterTokenizer:
-    r"""One token a character; a control token is written by its spelling, such as `<t>`, and is a single token.
+    r"""One token per character; a control token has a spelling, such as `<t>`, and is a single token.
 
     `<` and `>` are characters too: in a text the longest match wins, so `<a>` is always the control token.
-    `decode(encode(text)) == text` for every text that encodes. The other way round, ids that spell a control token out
-    of single characters decode to the same text as the control token; tokens are the truth, so nothing in the library
-    encodes a decoded completion again.
+    `decode(encode(text)) == text` for every text that encodes. The converse does not hold: ids that spell a control
+    token in single characters decode to the same text as the control token. The library therefore never encodes a
+    decoded completion again.
 
     >>> tokenizer = CharacterTokenizer()
     >>> tokenizer.decode(tokenizer.encode("<t>1<2</t>"))
@@ -72,7 +72,7 @@ class CharacterTokenizer:
 
     @property
     def pad_id(self) -> int:
-        """Padding. Masks are made from lengths, never from this id."""
+        """Padding. Masks are computed from lengths, never from this id."""
         return 0
 
     @property
@@ -94,7 +94,7 @@ class CharacterTokenizer:
         """Tokens of a record's prompt: begin of sequence, solved examples where it has some, body, newline.
 
         Raises:
-          ValueError: for a conversation, which has no place in it.
+          ValueError: for a conversation, which needs a chat template.
         """
         if "messages" in item:
             raise ValueError(f"a conversation of {len(item['messages'])} messages needs a chat template")
@@ -106,7 +106,7 @@ class CharacterTokenizer:
         return [*self.encode(text), self.eos_id]
 
     def token_bytes(self) -> list[bytes | None]:
-        """What each token stands for in a text, by id."""
+        """The bytes of each token, by id."""
         return [text.encode() for text in self.tokens]
 
     def id(self, token_text: str) -> int:
@@ -126,7 +126,7 @@ class CharacterTokenizer:
         """Token ids of a text.
 
         Raises:
-          ValueError: for a character outside of the alphabet; names the character and its position.
+          ValueError: for a character outside the alphabet; names the character and its position.
         """
         # Most texts hold no control token, and splitting into characters is several times faster than a pattern.
         pieces = self._pattern.findall(text) if "<" in text else text

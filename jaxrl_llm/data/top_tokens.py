@@ -1,4 +1,4 @@
-"""Completions with a teacher's likeliest tokens in each place, from a file."""
+"""Completions with a teacher's most likely tokens at each position, from a file."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jaxrl_llm.data.encoding import Tokenizer
 from jaxrl_llm.data.order import Batches, shuffled_batches
 from jaxrl_llm.data.row_files import row_objects
 
-# How far the probabilities of a place may sum above 1: they were rounded.
+# Allowed excess of the sum of a position's probabilities over 1, for rounding.
 _ROUNDING = 1e-3
 
 
@@ -21,7 +21,7 @@ class Likely(NamedTuple):
     """One row of a file.
 
     Attributes:
-      prompt, completion: its texts, the completion without end of sequence.
+      prompt, completion: texts; the completion is without end of sequence.
       places: for each token of the completion, end of sequence included, the ids of likely tokens and their
         log-probabilities.
       where: its file and line.
@@ -46,12 +46,12 @@ class LikelyBatch(NamedTuple):
 
 
 def likely_rows(path: str | Path) -> tuple[list[Likely], str]:
-    """(the rows of a file, a hash of it).
+    """(the rows of a file, a hash of the file).
 
         {"prompt": ..., "completion": ..., "top_tokens": [[5, 7], ...], "top_logprobs": [[-0.1, -2.5], ...]}
 
     Raises:
-      ValueError: for a row that cannot be used, by file and line.
+      ValueError: for a row that cannot be used; names file and line.
     """
     objects, digest = row_objects(path, "source file")
     return [_row(record, where) for where, record in objects], digest
@@ -86,7 +86,7 @@ def _place(ids: Any, values: Any, at: str, where: str) -> tuple[tuple[int, float
 
 
 def most_likely(rows: Sequence[Likely]) -> int:
-    """Tokens of the longest stored distribution."""
+    """Number of tokens of the longest stored distribution."""
     return max(len(place) for row in rows for place in row.places)
 
 
@@ -105,13 +105,13 @@ def likely_batches(
     Args:
       rows: from `likely_rows`.
       tokenizer: text -> ids.
-      sequences_per_step: rows of a batch.
+      sequences_per_step: rows per batch.
       max_prompt_tokens, max_completion_tokens: widths.
       seed: of the orders.
       overlong: "drop" leaves longer rows out and counts them.
 
     Raises:
-      ValueError: for a row that is too long, or whose distributions are not those of its tokens.
+      ValueError: for a row that is too long, or whose number of distributions is not its number of tokens.
     """
     kept, dropped, most = [], 0, most_likely(rows)
     for number, row in enumerate(rows):

@@ -1,6 +1,6 @@
-"""Completions that somebody wrote and judged: pairs, rankings, ratings, labels of rows or of their steps, verdicts.
+"""Judged completions from files: pairs, rankings, ratings, labels of rows or of their steps, verdicts.
 
-Each row of a file becomes a group of completions of one prompt with the fields that say how they were judged.
+Each row of a file becomes a group of completions of one prompt, with the fields that hold the judgement.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ PROVIDES: Mapping[str, frozenset[str]] = {
 
 
 class JudgedFile(NamedTuple):
-    """What a file of judged completions holds.
+    """The content of a file of judged completions.
 
     Attributes:
       groups: completions of one prompt each.
-      digest: a hash of the file.
+      digest: hash of the file.
       dropped: rows that were left out, by reason.
     """
 
@@ -43,7 +43,7 @@ class JudgedFile(NamedTuple):
 
 
 class WrittenBatch(NamedTuple):
-    """Completions of one step, laid out as in `Experience`; rows of a group follow one another."""
+    """Completions of one step, in the layout of `Experience`; rows of a group are adjacent."""
 
     prompt_tokens: np.ndarray
     prompt_length: np.ndarray
@@ -61,7 +61,7 @@ def judged_groups(
     asked: Asked | None = None,
     unusable: Literal["error", "drop"] = "error",
 ) -> JudgedFile:
-    """The groups of a data set, a row each. `row_files` says what may be read.
+    """The groups of a data set, one per row. See `row_files` for the file formats.
 
         pairs      {"prompt": ..., "chosen": ..., "rejected": ...}, and "margin", "weight" where there are any
         rankings   {"prompt": ..., "completions": [best, ..., worst]}
@@ -73,10 +73,9 @@ def judged_groups(
     Args:
       path: of the data set.
       kind: of its rows.
-      columns: name above -> the column that holds it, or a template of several, where they are called otherwise.
-      asked: what is wanted of ratings and verdicts.
-      unusable: "drop" leaves rows out, and counts them, of which no completion is the better one: equal completions,
-        and ties.
+      columns: name above -> the column that holds it, or a template of several columns, if the file has other names.
+      asked: options of ratings and verdicts.
+      unusable: "drop" leaves out, and counts, rows without a better completion: equal completions, and ties.
 
     Raises:
       ValueError: for what cannot be read, or a row that cannot be used, by file and line; groups of different sizes;
@@ -129,13 +128,13 @@ def written_batches(
       kind: of the file.
       tokenizer: text -> ids.
       groups_per_step: in a batch.
-      max_prompt_tokens, max_completion_tokens: widths; what is longer is an error, or is dropped with its group.
+      max_prompt_tokens, max_completion_tokens: widths; a longer row is an error, or is dropped with its group.
       seed: of the orders.
       overlong: "error", or "drop" to leave groups out and count them.
-      flipped: share of the pairs whose label is wrong, drawn by seed and place in the file: a study of label noise.
+      flipped: share of the pairs whose label is inverted, drawn by seed and row number, for studies of label noise.
 
     Raises:
-      ValueError: for a completion that is too long, or fewer groups than a step takes.
+      ValueError: for a completion that is too long, or fewer groups than a step needs.
     """
     kept, dropped = [], 0
     wrong = np.random.default_rng(seed).random(len(groups)) < flipped
@@ -184,7 +183,7 @@ def written_batches(
     return shuffled_batches(kept, dropped, batch, "groups_per_step", groups_per_step, seed)
 
 
-# What a row holds that says nothing of it: a margin of 0, a weight of 1.
+# Neutral values of a row without the column: a margin of 0, a weight of 1.
 _ABSENT = {"margin": 0.0, "weight": 1.0}
 
 
@@ -198,7 +197,7 @@ def encoded_completion(
     """(prompt, completion, values, (end, label) of each step, number) of a row as token ids.
 
     Raises:
-      ValueError: for a prompt that the tokenizer has no place for, by file and line.
+      ValueError: for a prompt that the tokenizer cannot encode; names file and line.
     """
     item: dict[str, Any] = {"body": row.prompt, "item_id": number}
     if not isinstance(row.prompt, str):
@@ -210,6 +209,6 @@ def encoded_completion(
     completion, ends, text = list(tokenizer.completion_ids(item, row.text)), [], ""
     for step, label in row.steps:
         text += step
-        # A step ends where the tokens of the text up to its end do.
+        # A step ends at the last token of the text up to its end.
         ends.append((len(tokenizer.encode(text)), label))
     return prompt, completion, row.values, ends, number

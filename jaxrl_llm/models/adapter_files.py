@@ -1,4 +1,4 @@
-"""Adapters out and in, as the library PEFT keeps them: adapter_config.json and adapter_model.safetensors.
+"""Writing and reading adapters in the format of the PEFT library: adapter_config.json and adapter_model.safetensors.
 
 There a tensor W [outputs, inputs] has B A beside it, A [rank, inputs] and B [outputs, rank]. Where several tensors are
 one matrix here, their adapters are one adapter: it goes out with one A for all of them, and comes in with the ranks
@@ -33,10 +33,10 @@ def save_adapters(
     """Write the adapters of a model for PEFT.
 
     Args:
-      directory: to be made; may exist, empty.
+      directory: to create; it may exist if it is empty.
       params: with adapters, see `add_adapters`.
       config: of the model.
-      lora: that the adapters were made with.
+      lora: config of the adapters.
       source: the checkpoint that they belong to.
 
     Raises:
@@ -80,14 +80,14 @@ def save_adapters(
 
     directory.mkdir(parents=True, exist_ok=True)
     (directory / CONFIG).write_text(json.dumps(described, indent=2, sort_keys=True) + "\n")
-    # safetensors writes an array as it lies in memory.
+    # safetensors writes an array in its memory layout.
     tensors = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
     save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
     return [directory / CONFIG, directory / WEIGHTS]
 
 
 def load_adapters(directory: str | Path, params: PyTree, config: TransformerConfig, *, source: str | Path) -> PyTree:
-    """The parameters with the adapters of a PEFT directory in their places; `merged` makes plain ones of them.
+    """The parameters with the adapters of a PEFT directory added; `merged` folds them into plain parameters.
 
     Args:
       directory: adapter_config.json and adapter_model.safetensors.
@@ -96,7 +96,7 @@ def load_adapters(directory: str | Path, params: PyTree, config: TransformerConf
       source: that checkpoint.
 
     Raises:
-      ValueError: for adapters of another kind, or for tensors that this model does not have or that take none here.
+      ValueError: for adapters of another kind, or for tensors that this model lacks or that cannot have an adapter.
     """
     described, stored = read_json(Path(directory) / CONFIG), stored_tensors(directory)
     for key, needed in (("peft_type", "LORA"), ("bias", "none")):
@@ -130,7 +130,7 @@ def load_adapters(directory: str | Path, params: PyTree, config: TransformerConf
 
 
 def _adapted(layout: Layout, params: PyTree, *, adapted: bool = True) -> list[tuple[Part, Any]]:
-    """The parts of matrices that have an adapter, or that could have one."""
+    """The parts of matrices that have or could have an adapter."""
     found = []
     for part in layout.parts:
         stack, _, name = part.leaf.rpartition("/")

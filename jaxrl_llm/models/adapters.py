@@ -1,6 +1,6 @@
 """Low-rank adapters (LoRA) as a transformation of the parameter tree.
 
-A matrix W of every block is replaced by a node that holds W, which is frozen, and two narrow matrices that learn:
+A matrix W of every block is replaced by a node with W, which is frozen, and two narrow trained matrices:
 
     W + scale * down @ up,    down: [inputs, rank],    up: [rank, outputs], zero at the start
 
@@ -28,9 +28,9 @@ from jaxrl_llm.models.model import Model, Trained
 from jaxrl_llm.models.parameters import ParameterSpec, initialise
 from jaxrl_llm.models.transformer_config import STACKS
 
-# The matrices of a block that can have an adapter, and how many input axes each has.
+# The matrices of a block that can have an adapter, and the number of their input axes.
 TARGETS = {"qkv": 1, "attention_out": 3, "gate_up": 1, "down": 1}
-# Further ones of some models: latent attention, the MLP beside experts, and gated delta-nets.
+# Further matrices of some models: latent attention, the MLP beside experts, and gated delta-nets.
 TARGETS |= dict.fromkeys(("query_down", "query_up", "latent_down", "shared_gate_up", "shared_down", "delta_in"), 1)
 TARGETS |= {"delta_out": 3}
 _USUAL = ("qkv", "attention_out", "gate_up", "down")
@@ -47,7 +47,7 @@ _STORED: Mapping[Bits, tuple[Callable | None, Callable | None]] = {
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """Which matrices get an adapter, and of what size.
+    """Which matrices have an adapter, and its size.
 
     Attributes:
       rank: columns of `down` and rows of `up`.
@@ -89,7 +89,8 @@ class LoraConfig:
 
 @struct.dataclass
 class LowRank:
-    """A matrix with its adapter, in the place of the matrix. A stack of layers is indexed and scanned over like one.
+    """A matrix with its adapter; it replaces the matrix in the tree. A stack of layers is indexed and scanned like an
+    array.
 
     Attributes:
       base: [L, *I, *O], frozen; an array, in int8 or in int4. Of experts [L, E, *I, *O], and E in the others likewise.
@@ -105,18 +106,19 @@ class LowRank:
 
 
 def _stacked(blocks: Mapping[str, Any], target: str) -> int:
-    """Axes of a matrix before its inputs: layers, and where each expert has one, experts."""
+    """Number of axes of a matrix before its inputs: layers, and experts if each expert has one."""
     return 2 if "router" in blocks and target in OF_EXPERTS else 1
 
 
 def adapter_specs(blocks: Mapping[str, Any], config: LoraConfig) -> dict[str, dict[str, ParameterSpec]]:
-    """The adapters that a config asks for, {target: {"down", "up"}}, before they exist.
+    """Specs of the adapters of a config, {target: {"down", "up"}}.
 
-    `down` is normal with variance 1 / inputs and `up` is zero, so that the model starts as it was. Both are float32.
+    `down` is normal with variance 1 / inputs and `up` is zero, so the outputs of the model are unchanged at the start.
+    Both are float32.
 
     Args:
       blocks: stacked blocks, as specs or as arrays.
-      config: rank and targets are read.
+      config: its rank and targets are used.
 
     Raises:
       ValueError: for a target that these blocks do not have.
@@ -144,13 +146,13 @@ def adapter_specs(blocks: Mapping[str, Any], config: LoraConfig) -> dict[str, di
 
 
 def add_adapters(params: PyTree, config: LoraConfig, key: Array, *, bits: Bits = 0) -> PyTree:
-    """Parameters with adapters in their blocks; the model computes what it did before.
+    """Parameters with adapters in their blocks; the outputs of the model are unchanged.
 
     Args:
       params: stacked blocks, as `transformer_specs` describes.
       config: rank, alpha and targets.
       key: each `down` is drawn with a key addressed by its path.
-      bits: of the matrices under the adapters, 8 or 4, which changes what the model computes; 0 leaves them be.
+      bits: of the matrices under the adapters: 8 or 4, which changes the model's outputs, or 0 to keep them.
 
     Raises:
       ValueError: for a target that these parameters do not have.
@@ -160,10 +162,10 @@ def add_adapters(params: PyTree, config: LoraConfig, key: Array, *, bits: Bits =
 
 
 def _adapters_of(tree: PyTree, config: LoraConfig) -> dict[str, dict]:
-    """Specs of adapters in each stack of blocks; one may lack what others have."""
+    """Specs of adapters in each stack of blocks; a stack may lack matrices that others have."""
     stacks = [stack for stack in STACKS if stack in tree]
     everywhere = {name: leaf for stack in stacks for name, leaf in tree[stack].items()}
-    adapter_specs(everywhere, config)  # what no stack has is said here
+    adapter_specs(everywhere, config)  # raises for matrices that no stack has
     found = {}
     for stack in stacks:
         there = tuple(name for name in config.targets if name in tree[stack])
@@ -189,11 +191,11 @@ def _with_adapters(tree: PyTree, adapters: Mapping[str, Any], scale: float, stor
 
 
 def stored_in_int8(params: PyTree, *, stored: Callable = quantised) -> PyTree:
-    """Parameters whose matrices of blocks are in int8; tables and norms stay as they are.
+    """Parameters whose block matrices are in int8; tables and norms are unchanged.
 
     Args:
       params: stacked blocks, as `transformer_specs` describes; or its specs.
-      stored: (matrix, inputs, stacked) -> what stands for it: `quantised`, or `quantised_spec` for specs.
+      stored: (matrix, inputs, stacked) -> its stored form: `quantised`, or `quantised_spec` for specs.
     """
 
     def node(stack: Mapping[str, Any], name: str, leaf: Any) -> Any:
@@ -220,8 +222,8 @@ def in_int8(model: Model) -> Model:
 
 
 def split(params: PyTree) -> tuple[dict[str, Any], PyTree]:
-    """(adapters alone, all the rest): what learns, as a tree of {"down", "up"} where the matrices were, and what does
-    not, with nodes whose adapter is None. No array is copied."""
+    """(adapters, rest): the trained part as a tree of {"down", "up"} in the places of the matrices, and the frozen part
+    with nodes whose adapter is None. No array is copied."""
     if isinstance(params, LowRank):
         return {"down": params.down, "up": params.up}, replace(params, down=None, up=None)
     if not isinstance(params, Mapping):
@@ -240,12 +242,13 @@ def join(trained: Mapping[str, Any], frozen: PyTree) -> PyTree:
 
 
 def without_adapters(params: PyTree) -> PyTree:
-    """The model below the adapters: the same arrays in the places that they had. It is the reference policy."""
+    """The parameters without adapters, the same arrays in their original places. They are the reference policy."""
     return _mapped(lambda node: node.base if isinstance(node, LowRank) else node, params)
 
 
 def merged(params: PyTree) -> PyTree:
-    """Plain parameters that compute the same: base + scale * down @ up, in the dtype of the base, whatever its bits."""
+    """Plain parameters with equal outputs: base + scale * down @ up, in the dtype of the base, also if it is
+    quantised."""
     return _mapped(_merged, params)
 
 
@@ -261,33 +264,33 @@ def _merged(node: LowRank | Quantised | QuantisedInGroups) -> Float[Array, "L ..
 
 
 def _wide(node: Any) -> Array:
-    """What is stored in few bits as the matrix that it stands for; an array as it is."""
+    """The full matrix of a quantised one; an array is returned unchanged."""
     if isinstance(node, QuantisedInGroups):
         return dequantised_groups(node)
     return dequantised(node) if isinstance(node, Quantised) else node
 
 
 def plain_matrix(node: Array | LowRank | Quantised | QuantisedInGroups, dtype: Any) -> Array:
-    """Matrices of one layer as an array of this dtype, whatever they are stored as."""
+    """Matrices of one layer as an array of this dtype, from any storage format."""
     return (_merged(node) if isinstance(node, LowRank | Quantised | QuantisedInGroups) else node).astype(dtype)
 
 
 def _mapped(function: Callable, params: PyTree) -> PyTree:
-    """Apply to nodes that are more than an array."""
+    """Apply a function to the nodes that are not arrays."""
     special = lambda leaf: isinstance(leaf, LowRank | Quantised | QuantisedInGroups)  # noqa: E731
     return jax.tree.map(lambda leaf: function(leaf) if special(leaf) else leaf, params, is_leaf=special)
 
 
 def lora(model: Model, config: LoraConfig, *, bits: Bits = 0) -> Model:
-    """The same model with adapters, which are all that training changes.
+    """The same model with adapters; training changes only the adapters.
 
     Args:
       model: a transformer.
       config: rank, alpha and targets.
-      bits: of the matrices under the adapters, 8, or 4 as in QLoRA (2305.14314); 0 leaves them as they are.
+      bits: of the matrices under the adapters: 8, or 4 as in QLoRA (2305.14314); 0 keeps them.
 
     Raises:
-      ValueError: for a model whose parameters have no such blocks.
+      ValueError: for a model whose parameters have no stacked blocks.
 
     >>> from jaxrl_llm.models import TransformerConfig, parameter_count, transformer
     >>> base = transformer(TransformerConfig(vocabulary_size=11, width=16, layers=1, heads=2, kv_heads=1))

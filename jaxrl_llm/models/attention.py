@@ -1,6 +1,6 @@
-"""Attention behind one function: a plain path, jax.nn's (XLA or cuDNN on GPU), and splash attention on TPU.
+"""One attention function with three paths: plain, jax.nn's (XLA or cuDNN on GPU), and splash attention on TPU.
 
-The plain path is the definition and serves every shape. The others serve whole sequences (training, scoring and the
+The plain path is the definition and supports every shape. The others support whole sequences (training, scoring and the
 prefill of a rollout), where queries and keys are the same tokens; a decode step has few queries and is always plain.
 They take "may attend to" from the order of slots and so expect a row's positions to be consecutive, with padding (-1)
 before or after; the plain path looks at the positions themselves. Several sequences may be packed into one row, one
@@ -28,9 +28,9 @@ from jaxrl_llm.parallel.rules import ambient_layout, axes_of
 AttentionChoice = Literal["auto", "plain", "xla", "cudnn", "splash"]
 AttentionKind = Literal["plain", "xla", "cudnn", "splash"]
 
-# The lane width of the MXU: splash attention works on blocks of multiples of it.
+# The lane width of the MXU; block sizes of splash attention are multiples of it.
 LANES = 128
-# The widest head that cuDNN's flash attention takes on every GPU that has it.
+# The largest head size that cuDNN's flash attention supports on every GPU that has it.
 CUDNN_HEAD_SIZE = 128
 
 
@@ -44,17 +44,17 @@ def attention_in_use(
     cap: float | None,
     backend: str | None = None,
 ) -> AttentionKind:
-    """Which path `attend` takes.
+    """The path that `attend` takes.
 
     Args:
-      choice: what the config asks for; "auto" takes splash attention on TPU and cuDNN on GPU where they can serve the
-        case, else the plain path.
-      queries: query tokens a row.
-      keys: key slots a row.
+      choice: setting of the config; "auto" takes splash attention on TPU and cuDNN on GPU where they support the case,
+        else the plain path.
+      queries: query tokens per row.
+      keys: key slots per row.
       head_size: H.
       dtype: compute dtype.
-      cap: soft cap of the scores, None without.
-      backend: None is that of this process.
+      cap: soft cap of the scores, or None.
+      backend: None takes that of this process.
     """
     if queries != keys:
         return "plain"
@@ -69,11 +69,12 @@ def attention_in_use(
 
 
 class KeyValues(NamedTuple):
-    """Keys and values that queries may attend to. Rows may be fewer than those of the queries, B / N to each.
+    """Keys and values that queries may attend to. There may be fewer rows than rows of queries: B / N rows of queries
+    share one.
 
     Attributes:
-      keys: rotated, [N, K, H, S]; as (values, scale) of int8 where a cache keeps them so.
-      values: theirs, [N, K, S, H]; the same.
+      keys: rotated, [N, K, H, S]; (values, scale) of int8 if the cache stores int8.
+      values: [N, K, S, H]; in the same format.
       seen: position of each, -1 for padding and empty slots.
     """
 
@@ -98,8 +99,8 @@ def attend(
 ) -> Float[Array, "B T K G H"]:
     """Causal softmax attention with G query heads to each key/value head; scores and softmax in float32.
 
-    A token attends to the tokens of its row at positions (own - window, own]. A query that may attend to nothing
-    (padding) returns something finite that nobody reads.
+    A token attends to the tokens of its row at positions (own - window, own]. A query without visible keys (padding)
+    returns a finite value that is not used.
 
     Args:
       queries: rotated queries.
@@ -148,7 +149,7 @@ def visible(
 
 
 def _of_segment(allowed: Bool[Array, "B T S"], segments: Int[Array, "B T"] | None) -> Bool[Array, "B T S"]:
-    """What may be attended to within the sequence of each token."""
+    """Mask that restricts attention to the sequence of each token."""
     return allowed if segments is None else allowed & (segments[:, :, None] == segments[:, None, :])
 
 
@@ -187,7 +188,7 @@ def plain_attention(
 
 
 def _folded(x: Array, rows: int) -> Array:
-    """The rows that share a row of keys, side by side: [B, T, K, G, H] -> [N, K, B / N * T * G, H]."""
+    """Join the rows that share a row of keys: [B, T, K, G, H] -> [N, K, B / N * T * G, H]."""
     batch, length, kv_heads, group, size = x.shape
     folded = x.reshape(rows, batch // rows * length, kv_heads, group, size).swapaxes(1, 2)
     return folded.reshape(rows, kv_heads, -1, size)
@@ -230,10 +231,10 @@ def library_attention(
     kind: Literal["xla", "cudnn"],
     segments: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T K G H"]:
-    """The same through `jax.nn.dot_product_attention`.
+    """Attention through `jax.nn.dot_product_attention`.
 
-    It describes padding by lengths alone, so each row is turned until its first real token stands at the front. Packed
-    rows have a mask of all pairs instead.
+    It describes padding by lengths alone, so each row is rotated until its first real token is at the front. Packed
+    rows use a mask of all pairs instead.
     """
     rows, length, kv_heads, group, size = queries.shape
     if segments is not None:
@@ -281,7 +282,7 @@ def splash_attention(
     segments: Int[Array, "B T"] | None = None,
     interpret: bool = False,
 ) -> Float[Array, "B T K G H"]:
-    """The same through the splash attention kernel, padded to whole blocks.
+    """Attention through the splash attention kernel, padded to whole blocks.
 
     Padding is a segment of its own, and so is each sequence of a packed row. The kernel cannot be partitioned by the
     compiler: on a mesh it is split by hand, over rows, over heads, and over the positions of queries, each device with
@@ -354,7 +355,7 @@ def _blocks(size: int):
 
 
 def _splash_axes(rows: int, kv_heads: int) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
-    """Mesh axes of rows, of heads, and of the positions of queries, which are padded to what they are split into."""
+    """Mesh axes of rows, of heads, and of the positions of queries, which are padded to a multiple of their axes."""
     ambient = ambient_layout()
     if ambient is None:
         return (), (), ()
@@ -370,5 +371,5 @@ def _count(axes: tuple[str, ...]) -> int:
 
 
 def _can_split() -> bool:
-    """Whether the splash kernel knows how to place its arrays: one device, or a mesh in use."""
+    """Whether the splash kernel can place its arrays: on one device, or on the current mesh."""
     return jax.device_count() == 1 or ambient_layout() is not None

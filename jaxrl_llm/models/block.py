@@ -1,6 +1,6 @@
 """One block of the transformer: RMSNorm, rotary positions, grouped-query attention, gated MLP or experts.
 
-What families differ in is in `TransformerConfig`.
+`TransformerConfig` holds the differences between families.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from jaxrl_llm.models.rotary import rotate
 from jaxrl_llm.models.transformer_config import TransformerConfig
 from jaxrl_llm.parallel.rules import constrain
 
-# Inside the sigmoid of clamped_swiglu, which makes it nearly a gelu.
+# Factor in the sigmoid of clamped_swiglu, which makes it similar to a gelu.
 _SWIGLU_GAIN = 1.702
 
 
 class Shared(NamedTuple):
-    """What all blocks of one forward pass read.
+    """Inputs that all blocks of one forward pass share.
 
     Attributes:
       config: sizes and switches.
-      angles: rotary angles; `local_angles` are those of windowed layers, None where they are the same.
+      angles: rotary angles; `local_angles` are those of windowed layers, None if they are the same.
       growth: factor on the queries, [B, T]; None is 1.
       positions: of the tokens of this call, [B, T].
       seen: of the keys, [B, S].
@@ -60,26 +60,26 @@ class Shared(NamedTuple):
     recent: Recent | None = None
 
     def where(self, stored: Any) -> tuple[Int[Array, "B S"], Int[Array, ""]]:
-        """(positions of the keys, tokens written before) of what one block has stored."""
+        """(positions of the keys, tokens written before) of the cache of one block."""
         if isinstance(stored, Windowed):
             assert self.recent is not None
             return self.recent
         return self.seen, self.used
 
     def of_layer(self, stack: str, layer: Array | int) -> Shared:
-        """What one block reads."""
+        """The shared inputs of one block."""
         per_layer = None if self.per_layer is None else self.per_layer[layer]
         return self._replace(config=self.config.of_stack(stack), per_layer=per_layer)
 
 
 class Layer(NamedTuple):
-    """What tells the blocks of a model apart; entries are arrays where blocks of both kinds are scanned over.
+    """Differences between the blocks of a model; entries are arrays if blocks of both kinds are scanned.
 
     Attributes:
-      windowed: attends to the window alone.
+      windowed: it attends to the window only.
       rotated: queries and keys are rotated.
-      reads: attends to what another layer has written, which is handed over as its cache.
-      lends: hands out its keys and values where there is no cache.
+      reads: it attends to the keys and values of another layer, which are passed as its cache.
+      lends: it returns its keys and values if there is no cache.
     """
 
     windowed: bool | Array
@@ -98,14 +98,14 @@ def rms_norm(
 
 
 def _head_norm(x: Float[Array, "B T K G H"], gain: Array, norm) -> Float[Array, "B T K G H"]:
-    """`norm` over each head, or over all heads where there is a gain for each."""
+    """`norm` over each head, or over all heads if the gain has an entry for each."""
     if gain.ndim == 1:
         return norm(x, gain)
     return norm(x.reshape(*x.shape[:2], -1), gain.reshape(-1)).reshape(x.shape)
 
 
 def _rotated(shared: Shared, layer: Layer, x: Float[Array, "B T K G H"]) -> Float[Array, "B T K G H"]:
-    """Queries or keys, turned by the angles of this layer."""
+    """Queries or keys, rotated by the angles of this layer."""
     if layer.rotated is False:
         return x
     angles = shared.angles
@@ -119,7 +119,7 @@ def _rotated(shared: Shared, layer: Layer, x: Float[Array, "B T K G H"]) -> Floa
 
 
 def _projected(params, shared: Shared, x, layer: Layer, norm) -> tuple[Array, Array | None, Any]:
-    """Queries, their gates, and keys and values as a cache holds them; None for a layer that reads those of another."""
+    """Queries, their gates, and keys and values in cache layout; None for a layer that reads those of another."""
     config, dtype = shared.config, x.dtype
     x = norm(x, params["attention_norm"]) if config.pre_norms else x
     rotated, gates = partial(_rotated, shared, layer), None
@@ -132,7 +132,7 @@ def _projected(params, shared: Shared, x, layer: Layer, norm) -> tuple[Array, Ar
         if config.qkv_bias:
             projected = projected + params["qkv_bias"].astype(dtype)
         asked = config.queries_per_kv * (2 if config.attention_gate else 1)
-        # Where one projection makes keys and values, the last slot is both.
+        # If one projection makes keys and values, the last slot is both.
         queries, keys, values = projected[..., :asked, :], projected[..., asked : asked + 1, :], projected[..., -1, :]
         if config.attention_gate:
             queries, gates = queries[..., ::2, :], queries[..., 1::2, :]
@@ -154,7 +154,7 @@ def _projected(params, shared: Shared, x, layer: Layer, norm) -> tuple[Array, Ar
 
 
 def _attention(params, shared: Shared, x, layer: Layer, cached):
-    """What attention adds to the residual stream, and the filled cache of this block."""
+    """The attention output for the residual stream, and the filled cache of this block."""
     config, dtype, latent = shared.config, x.dtype, shared.config.latent
     norm = partial(rms_norm, epsilon=config.norm_epsilon, offset=config.norm_offset)
     if "delta_in" in params:
@@ -180,7 +180,7 @@ def _attention(params, shared: Shared, x, layer: Layer, cached):
             stored, index, context = cached
             seen, used = shared.where(stored)
             filled = remembered(stored, index, new, used, seen.shape[1])
-            # A pass that fills its whole cache has just computed what the cache holds.
+            # A pass that fills its whole cache has just computed the content of the cache.
             new = new if shared.kind != "plain" else of_layer(filled, index)
         new = new if latent is None else latent_values(new, latent.rank)
         own = KeyValues(new.keys, new.values, seen)
@@ -196,7 +196,7 @@ def _attention(params, shared: Shared, x, layer: Layer, cached):
 
 
 def _delta(params, shared: Shared, x, cached):
-    """The same of a gated delta-net layer, which attends to nothing."""
+    """The same for a gated delta-net layer, which has no attention."""
     config = shared.config
     assert config.delta is not None
     stored, index, _ = (None, None, ()) if cached is None else cached
@@ -207,7 +207,7 @@ def _delta(params, shared: Shared, x, cached):
 
 
 def gated_activation(config: TransformerConfig) -> Callable[[Array, Array], Array]:
-    """(gate, up) -> what goes into the projection down."""
+    """(gate, up) -> the input of the down projection."""
     if config.activation == "clamped_swiglu":
         limit = config.activation_limit
 
@@ -222,7 +222,7 @@ def gated_activation(config: TransformerConfig) -> Callable[[Array, Array], Arra
 
 
 def _dense_mlp(params, prefix: str, x, gated):
-    """down(gated(gate(x), up(x))) with the matrices of this prefix, and biases where there are any."""
+    """down(gated(gate(x), up(x))) with the matrices of this prefix, and biases if there are any."""
     gate_up = project(x, params[f"{prefix}gate_up"])
     if f"{prefix}gate_up_bias" in params:
         gate_up = gate_up + params[f"{prefix}gate_up_bias"].astype(x.dtype)
@@ -232,7 +232,7 @@ def _dense_mlp(params, prefix: str, x, gated):
 
 
 def _mlp(params, config: TransformerConfig, x, choices):
-    """What the MLP or the mixture of experts adds to the residual stream, and what the router did."""
+    """The output of the MLP or the mixture of experts for the residual stream, and the router's results."""
     norm = partial(rms_norm, epsilon=config.norm_epsilon, offset=config.norm_offset)
     gated, observed = gated_activation(config), {}
     normed = norm(x, params["mlp_norm"]) if config.pre_norms else x
@@ -263,7 +263,7 @@ def _mlp(params, config: TransformerConfig, x, choices):
 
 
 def _block(params, shared: Shared, x, layer: Layer, choices, cached):
-    """One block: (residual stream, filled cache, what can be observed).
+    """One block: (residual stream, filled cache, observable values).
 
     `cached` is None, or what is being written (see `remembered`), `layer`, and the context of this block; or its pages.
     """
@@ -281,7 +281,7 @@ def _block(params, shared: Shared, x, layer: Layer, choices, cached):
 
 
 def _of_layer_embeddings(params, shared: Shared, x):
-    """What the token's embedding for this layer adds, behind a gate that is computed from the residual stream."""
+    """The contribution of the token's embedding for this layer, gated by the residual stream."""
     config = shared.config
     assert shared.per_layer is not None
     gated = gated_activation(config)(project(x, params["per_layer_gate"]), shared.per_layer)

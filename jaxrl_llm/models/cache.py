@@ -1,4 +1,4 @@
-"""The key-value cache: prefill fills it, a group of samples reads it where it lies, and decoding extends it."""
+"""The key-value cache: prefill fills it, a group of samples shares it without a copy, and decoding extends it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jaxrl_llm.models.layer_kinds import DeltaConfig
 from jaxrl_llm.models.transformer_config import TransformerConfig
 from jaxrl_llm.parallel.rules import ANY, constrain
 
-# The largest magnitude of int8 that a vector and its negative share.
+# The largest int8 magnitude of a symmetric range.
 LARGEST = 127
 
 
@@ -33,7 +33,8 @@ class KeysAndValues(NamedTuple):
     """Keys and values of some slots.
 
     Attributes:
-      keys: [B, K, H, S], or that `Rounded`. Slots are last, as scores are: a CPU multiplies it 2.5 times as fast.
+      keys: [B, K, H, S], or that `Rounded`. Slots are the last axis, as in scores: a CPU multiplies this layout 2.5
+          times as fast.
       values: [B, K, S, H], or that `Rounded`.
     """
 
@@ -42,10 +43,10 @@ class KeysAndValues(NamedTuple):
 
 
 class Windowed(NamedTuple):
-    """Keys and values of each row's last W tokens, of a layer that sees no others; slots are used in turn.
+    """Keys and values of each row's last W tokens, of a layer with a window of W; slots are reused cyclically.
 
     Attributes:
-      keys, values: as of `KeysAndValues`, with W slots.
+      keys, values: as in `KeysAndValues`, with W slots.
     """
 
     keys: Array | Rounded
@@ -53,8 +54,8 @@ class Windowed(NamedTuple):
 
 
 class Recurrent(NamedTuple):
-    """What a gated delta-net layer remembers of each row. While there is no room for tokens it may have fewer rows,
-    as a `Segment` may.
+    """The state of a gated delta-net layer for each row. While the cache has no slots it may have fewer rows, as a
+    `Segment` may.
 
     Attributes:
       inputs: of the convolution for the last tokens, [B, T, K, C].
@@ -66,10 +67,10 @@ class Recurrent(NamedTuple):
 
 
 class Recent(NamedTuple):
-    """Where the tokens of `Windowed` layers stand.
+    """Positions of the tokens in `Windowed` layers.
 
     Attributes:
-      positions: of the token in each slot, -1 where it is empty.
+      positions: of the token in each slot, -1 if it is empty.
       used: tokens written so far; slot `used % W` is the next.
     """
 
@@ -78,11 +79,11 @@ class Recent(NamedTuple):
 
 
 class Segment(NamedTuple):
-    """Keys and values that are read and no longer written, head-major.
+    """Read-only keys and values, head-major.
 
     Attributes:
-      layers: a tuple with one `KeysAndValues` a block when unrolled, one with a leading layer axis when scanned, or one
-        for each of `TransformerConfig.caches` where these are several. None for layers that add no keys and values.
+      layers: a tuple with one `KeysAndValues` per block when unrolled, one with a leading layer axis when scanned, or
+        one for each of `TransformerConfig.caches` if there are several. None for layers that add no keys and values.
       positions: position of the token in each slot, -1 where the slot is empty or padding.
     """
 
@@ -91,16 +92,17 @@ class Segment(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """Keys and values seen so far.
+    """Keys and values of all tokens so far.
 
     Attributes:
-      layers: as of a `Segment` with one row a sequence: what is being written, `Recurrent` and `Windowed` included.
+      layers: as in a `Segment` with one row per sequence: the part that is written, including `Recurrent` and
+          `Windowed`.
       positions: as of a `Segment`.
       used: tokens written so far, the same number for all rows: those of a shorter row are padding. Slot `used % S` is
         the next, so that S slots serve longer runs of tokens as long as no row needs more than its last S.
-      context: what was written before. A segment may have fewer rows: row b of the cache goes on from row
-        b // (B / N) of it, so that all samples of a prompt read one copy of its keys and values.
-      recent: of layers that are `Windowed`; None where none is.
+      context: segments written before. A segment may have fewer rows: row b of the cache continues row b // (B / N) of
+        it, so all samples of a prompt read one copy of its keys and values.
+      recent: of `Windowed` layers; None if there are none.
     """
 
     layers: PyTree
@@ -111,7 +113,7 @@ class Cache(NamedTuple):
 
 
 def init_cache(rows: int, slots: int, *, config: TransformerConfig) -> Cache:
-    """An empty cache for `slots` tokens a row."""
+    """An empty cache for `slots` tokens per row."""
 
     def stored(*shape: int, vector: int) -> Array | Rounded:
         if config.cache_dtype == "compute":
@@ -138,7 +140,7 @@ def init_cache(rows: int, slots: int, *, config: TransformerConfig) -> Cache:
 
 
 def empty_state(rows: int, delta: DeltaConfig, dtype: Any, *stacked: int) -> Recurrent:
-    """What rows remember at their start; `stacked` axes come first."""
+    """The initial recurrent state of rows; `stacked` axes come first."""
     heads = (delta.key_heads, delta.values_per_key)
     return Recurrent(
         jnp.zeros((*stacked, rows, delta.kernel - 1, delta.key_heads, delta.mixed_width), dtype),
@@ -151,7 +153,7 @@ def _is_entry(node: Any) -> bool:
 
 
 def _written(cache: Cache) -> Segment:
-    """What a cache holds of keys and values."""
+    """The keys and values of a cache."""
     keep = lambda entry: entry if isinstance(entry, KeysAndValues) else None  # noqa: E731
     return Segment(jax.tree.map(keep, cache.layers, is_leaf=_is_entry), cache.positions)
 
@@ -159,17 +161,17 @@ def _written(cache: Cache) -> Segment:
 def expand_cache(cache: Cache, samples: int, extra_slots: int) -> Cache:
     """A cache of `samples` rows for each row, with room for `extra_slots` more tokens.
 
-    What was written becomes context that those rows share: nothing is copied, and one prefill serves a whole group.
+    The written tokens become context that those rows share: nothing is copied, and a group needs one prefill.
     """
     count = cache.positions.shape[0]
     written = () if cache.positions.shape[1] == 0 else (_written(cache),)
-    # Without room for tokens nothing is recurrent, and rows of one prompt go on sharing its state.
+    # Without slots there is no recurrent part, and rows of one prompt share its state.
     rows = np.arange(count * samples) // samples if extra_slots else None
     return _empty(cache, count * samples, extra_slots, rows)._replace(context=(*cache.context, *written))
 
 
 def taken_rows(cache: Cache, rows: Int[Array, "D"], extra_slots: int) -> Cache:
-    """A cache that goes on from any choice of rows, each with its own copy of what it has seen."""
+    """A cache that continues any choice of rows, each with its own copy of their context."""
     count = cache.positions.shape[0]
     frozen = expand_cache(cache, 1, 0)
     context = tuple(
@@ -180,7 +182,7 @@ def taken_rows(cache: Cache, rows: Int[Array, "D"], extra_slots: int) -> Cache:
 
 
 def replaced_row(cache: Cache, slot: Array | int, source: Cache, row: Array | int) -> Cache:
-    """A cache from `taken_rows(source, ...)` in which one row starts anew from another row of the source."""
+    """A cache from `taken_rows(source, ...)` in which one row restarts from another row of the source."""
     count = source.positions.shape[0]
 
     def put(leaf, new, axis, number):
@@ -213,14 +215,14 @@ def replaced_row(cache: Cache, slot: Array | int, source: Cache, row: Array | in
 
 
 def keep_window(cache: Cache, tokens: int, *, config: TransformerConfig) -> Cache:
-    """A cache whose windowed layers keep the last `window` tokens of what is written from here on, and no others.
+    """A cache whose windowed layers keep only the last `window` of the tokens written from now on.
 
     It is for a cache right after `expand_cache` or `taken_rows` to which each row's tokens are added one at a time,
-    without padding between them. Its context stays whole. Nothing is changed where it would save nothing.
+    without padding between them. Its context stays complete. The cache is returned unchanged if nothing would be saved.
 
     Args:
-      cache: with room for a first part of the tokens, or all.
-      tokens: how many a row gets at most, in all.
+      cache: with slots for a first part of the tokens, or for all.
+      tokens: largest number of tokens added to a row.
       config: of the model.
     """
     window = config.window
@@ -252,9 +254,9 @@ def keep_window(cache: Cache, tokens: int, *, config: TransformerConfig) -> Cach
 
 
 def cut_cache(cache: Cache, length: Int[Array, "B"]) -> Cache:
-    """A cache whose rows have seen their first `length` tokens alone, however far the context that they share goes on.
+    """A cache whose rows see only their first `length` tokens, even if their shared context is longer.
 
-    Keys and values stay one copy for all rows that share them; what each may look at is its own. It is for a cache
+    Rows that share keys and values keep sharing one copy; each row has its own mask. It is for a cache
     right after `expand_cache`, and not for layers that are recurrent: their state is that behind the last token.
     """
 
@@ -266,12 +268,12 @@ def cut_cache(cache: Cache, length: Int[Array, "B"]) -> Cache:
 
 
 def _remembering(entry: Recurrent) -> int:
-    """Rows that have a state of their own."""
+    """Number of rows with their own state."""
     return entry.state.shape[-5]
 
 
 def _taken(leaf: Array, rows: Int[Array, "D"] | np.ndarray, axis: int) -> Array:
-    """Entries of one axis, spread over devices as rows are.
+    """Entries of one axis, sharded like rows.
 
     Where the rows are known before the program runs, and each entry is taken equally often and in order, nothing is
     gathered: a gather over devices would hold all entries on each.
@@ -324,7 +326,7 @@ def _rows(leaf: Array, part: Segment, rows: Int[Array, "D"]) -> Array:
 
 
 def of_layer(stored: PyTree, layer: Array | None) -> PyTree:
-    """Those of one block: entry `layer` of stacked leaves, or the leaves as they are where it is None."""
+    """The leaves of one block: entry `layer` of stacked leaves, or the leaves unchanged if `layer` is None."""
     return stored if layer is None else jax.tree.map(lambda leaf: leaf[layer], stored)
 
 

@@ -1,4 +1,4 @@
-"""The files of a Hugging Face checkpoint directory: what is there, checked before anything is read."""
+"""The files of a Hugging Face checkpoint directory, checked before tensors are read."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ _MOST_BYTES = 2**26  # of a file of settings
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor of a checkpoint, not read yet.
+    """One tensor of a checkpoint, not yet read.
 
     Attributes:
       path: its file.
-      name: what it is called there.
+      name: its name in the file.
       shape: its dimensions.
-      dtype: in the file's own words, such as "BF16".
+      dtype: as the file names it, such as "BF16".
       handle: the open file.
     """
 
@@ -43,12 +43,12 @@ class StoredTensor:
 
     @property
     def bytes(self) -> int:
-        """Its size."""
+        """Its size in bytes."""
         width = re.search(r"(\d+)(?:_E\dM\d.*)?$", self.dtype)  # BF16, F8_E4M3, I64, U8; BOOL has none
         return math.prod(self.shape) * (int(width[1]) if width else 8) // 8
 
     def read(self, ranges: tuple[Any, ...]) -> np.ndarray:
-        """A box of the tensor; nothing outside it is read."""
+        """A slice of the tensor; nothing outside it is read."""
         try:
             if self.dtype == "F8_E4M3":  # numpy has no such type, and the library asks numpy
                 return self._mapped(np.uint8)[ranges].view(jnp.float8_e4m3fn)
@@ -57,14 +57,14 @@ class StoredTensor:
             raise ValueError(f"{self.path} cannot be read at {self.name}: {error}; copy the file again") from error
 
     def _mapped(self, dtype: Any) -> np.ndarray:
-        """The tensor as it lies in its file."""
+        """The tensor, memory-mapped from its file."""
         start, header = _header(self.path)
         return np.memmap(self.path, dtype, "r", offset=start + header[self.name]["data_offsets"][0], shape=self.shape)
 
 
 @functools.lru_cache(maxsize=256)
 def _header(path: Path) -> tuple[int, dict[str, Any]]:
-    """(where the tensors of a file begin, what it says of them)."""
+    """(offset of the tensor data in a file, its header)."""
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
         return 8 + size, json.loads(file.read(size))
@@ -74,8 +74,8 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON file that holds an object.
 
     Raises:
-      FileNotFoundError: where there is no such file.
-      ValueError: where it is something else.
+      FileNotFoundError: if there is no such file.
+      ValueError: if the file is not a JSON object.
     """
     if not path.exists():
         raise FileNotFoundError(
@@ -96,7 +96,7 @@ def stored_tensors(directory: str | Path) -> dict[str, StoredTensor]:
     Raises:
       FileNotFoundError: for a path that does not exist, no weights, or an index that names a missing file.
       ValueError: for pickle files, which run code when they are read; for a file that is cut off or damaged; for an
-        index that does not say what is in the files.
+        index that does not match the files.
     """
     directory = Path(directory)
     _refuse_pickles([directory])
@@ -175,7 +175,7 @@ def _refuse_pickles(paths: Iterable[Path]) -> None:
 
 
 def _few(names: Sequence[str], most: int = 10) -> str:
-    """The first of many names, and how many more there are."""
+    """The first names of a list, and the number of further ones."""
     told = ", ".join(shortened(name, 120) for name in names[:most])
     return told + (f" and {len(names) - most} more" if len(names) > most else "")
 
@@ -188,7 +188,7 @@ def check_tensors(
     Args:
       expected: shape of every tensor that the model needs.
       stored: what the files hold.
-      ignored: names that may be there and are not read.
+      ignored: names that may be present and are not read.
 
     Raises:
       ValueError: one, with every missing, surplus and mis-shaped tensor and every wrong data type by name.

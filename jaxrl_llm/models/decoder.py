@@ -1,6 +1,6 @@
 """A decoder-only transformer as pure functions: embedding, blocks one after the other or scanned over, scores.
 
-One forward serves every family; what they differ in is in `TransformerConfig`.
+One forward function supports every family; `TransformerConfig` holds their differences.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from jaxrl_llm.models.transformer_specs import transformer_specs
 from jaxrl_llm.parallel.backend import backend_in_use
 from jaxrl_llm.parallel.rules import ANY, ambient_layout, constrain
 
-# What a forward pass can return besides its last hidden states.
+# Values that a forward pass can return besides its last hidden states.
 OBSERVABLE = ("hidden_states", "router_choices", "router_probabilities")
 
 
@@ -54,7 +54,7 @@ def observed_forward(
     router_choices: Int[Array, "L B T k"] | None = None,
     segments: Int[Array, "B T"] | None = None,
 ) -> tuple[Float[Array, "B T D"], Cache | PagedCache | None, dict[str, Array]]:
-    """`forward`, and what happened inside.
+    """`forward`, with intermediate values.
 
     Args:
       params, tokens, positions, cache, config, router_choices, segments: as for `forward`.
@@ -63,7 +63,7 @@ def observed_forward(
         blocks that have experts.
 
     Returns:
-      hidden states, the filled cache, and what was asked for by name.
+      hidden states, the filled cache, and the requested values by name.
 
     Raises:
       ValueError: for a name that this model does not have, or packed rows that go on from a cache.
@@ -130,7 +130,7 @@ def _with_one_more(recent: Recent, positions: Int[Array, "B T"]) -> Recent:
 
 
 def _layer_embeddings(params, tokens, x, config: TransformerConfig) -> Float[Array, "L B T P"] | None:
-    """For every layer, a token's own embedding and one that is projected from `x`, together over sqrt(2)."""
+    """For every layer, the sum of a token's embedding and a projection of `x`, divided by sqrt(2)."""
     if config.per_layer is None:
         return None
     own = params["per_layer_embedding"].astype(x.dtype)[tokens] * jnp.asarray(config.per_layer.width**0.5, x.dtype)
@@ -171,14 +171,14 @@ def _unrolled_blocks(params, shared, x, router_choices, cache, keep):
 
 
 def _readable(context: Sequence[tuple[KeysAndValues | None, Array]], config: TransformerConfig):
-    """What one block may read of what was written before."""
+    """The part of the context that one block may read."""
     latent = config.latent
     pairs = [(pair if latent is None else latent_values(pair, latent.rank), seen) for pair, seen in context if pair]
     return tuple(KeyValues(pair.keys, pair.values, seen) for pair, seen in pairs)
 
 
 def _joined(parts: Sequence[dict[str, Array]]) -> dict[str, Array]:
-    """What blocks showed, by name; not all of them show everything."""
+    """Observed values of the blocks by name; a block may lack some."""
     names = {name for part in parts for name in part}
     return {name: jnp.concatenate([part[name] for part in parts if name in part]) for name in names}
 
@@ -238,7 +238,7 @@ def _run(blocks, run: Run, shared, carry, router_choices, cache, keep):
             kind = Layer(windowed, rotated, reads, config.reading_layers > 0)
             call = run_block(shared.of_layer(place.stack, layer), kind, cached, caching=cache is not None)
             x, filled, shown = call(block, x, chosen)
-            # Those that read have written nothing.
+            # Layers that read the cache of another have written nothing.
             carried = filled if not isinstance(carried, dict) else carried | ({} if reads else {place.cache: filled})
             observed.append(keep(shown))
         return (x, carried), _joined([jax.tree.map(lambda leaf: leaf[None], one) for one in observed])
@@ -250,9 +250,9 @@ def _run(blocks, run: Run, shared, carry, router_choices, cache, keep):
 
 
 def _where_they_lie(block_params, config: TransformerConfig, stack: str):
-    """Parameters of one block of a scan, pinned to where they lie in the stack, and their gradients with them.
+    """Parameters of one block of a scan, with the sharding that they have in the stack, also for their gradients.
 
-    Left to itself the compiler sums a gradient everywhere in each turn of the loop, to keep a part of the sum.
+    Without this the compiler sums a gradient over all devices in each iteration, and then keeps only a part of it.
     """
     specs = transformer_specs(config)[stack]
 
@@ -293,7 +293,7 @@ def forward(
 
 
 def attention_path(config: TransformerConfig, *, queries: int, keys: int | None = None) -> AttentionKind:
-    """How this model computes attention of `queries` tokens a row that look at `keys` slots (as many)."""
+    """The attention path of this model for `queries` query tokens per row and `keys` key slots (default: as many)."""
     return attention_in_use(
         "plain" if config.plain_attention else config.attention,
         queries=queries,

@@ -1,4 +1,4 @@
-"""Gated delta-net layers: a matrix a head that remembers, instead of keys and values of all tokens.
+"""Gated delta-net layers: the state is one matrix per head instead of the keys and values of all tokens.
 
     S_t = e^(g_t) S_(t-1) + k_t (beta_t (v_t - (e^(g_t) S_(t-1))^T k_t))^T,    o_t = S_t^T q_t
 
@@ -23,10 +23,10 @@ from jaxrl_llm.models.layer_kinds import DeltaConfig
 from jaxrl_llm.models.projection import project
 from jaxrl_llm.parallel.rules import constrain
 
-# Tokens of a chunk, within which the state is not written out.
+# Tokens per chunk; the state is written once per chunk.
 CHUNK = 64
 _NORM_EPSILON = 1e-6
-# A state is a sum over all tokens before: its products are float32 on every machine.
+# A state is a sum over all earlier tokens; its products are float32 on every machine.
 _product = partial(jnp.einsum, precision="highest", preferred_element_type=jnp.float32)
 
 
@@ -40,16 +40,16 @@ def delta_mixed(
     epsilon: float,
     segments: Int[Array, "B T"] | None = None,
 ) -> tuple[Float[Array, "B T D"], Recurrent]:
-    """What the layer adds to the residual stream, and what it remembers afterwards.
+    """The output of the layer for the residual stream, and its new state.
 
     Args:
       params: of the block.
       x: normed input.
       positions: -1 for padding.
-      before: what was remembered; None at the start of rows.
+      before: the previous state; None at the start of rows.
       delta: sizes.
       epsilon: of the norm of its outputs.
-      segments: of packed rows, the sequence that each token belongs to: state and convolution start anew in each.
+      segments: of packed rows, the sequence that each token belongs to: state and convolution restart in each.
     """
     dtype, (rows, length, _) = x.dtype, x.shape
     x, real = constrain(x, "rows", None, None), positions >= 0
@@ -152,7 +152,7 @@ def chunked_delta(
     chunk: int = CHUNK,
     segments: Int[Array, "B T"] | None = None,
 ) -> tuple[Float[Array, "B T K G W"], Float[Array, "B K G H W"]]:
-    """The same in products of matrices, the state written once a chunk.
+    """The same as matrix products, with the state written once per chunk.
 
     Within a chunk the corrections u_i = beta_i (v_i - what the state says of k_i) solve a triangular system, with
     c the running sum of the decay:
@@ -170,7 +170,7 @@ def chunked_delta(
     count = -(-length // chunk)
 
     def cut(x: Array, heads: int) -> Array:
-        """[B, T, heads, ...] as [N, B, heads, C, ...]; what is added at the end changes nothing."""
+        """[B, T, heads, ...] as [N, B, heads, C, ...]; padding at the end has no effect."""
         x = jnp.pad(x, [(0, 0), (0, count * chunk - length), *[(0, 0)] * (x.ndim - 2)])
         x = jnp.moveaxis(x.reshape(batch, count, chunk, *x.shape[2:]), 1, 0)
         return jnp.moveaxis(x, 2, 2 + heads)

@@ -1,4 +1,4 @@
-"""The families whose blocks have one MLP: what their `config.json` says beyond the common fields."""
+"""The families whose blocks have one MLP: the fields of their `config.json` beyond the common ones."""
 
 from __future__ import annotations
 

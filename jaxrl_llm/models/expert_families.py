@@ -1,4 +1,4 @@
-"""The families whose blocks are mixtures of experts: what their `config.json` says beyond the common fields."""
+"""The families whose blocks are mixtures of experts: the fields of their `config.json` beyond the common ones."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _mixtral_json(config: TransformerConfig) -> dict[str, Any]:
 
 
 def require_experts_everywhere(source: Json) -> None:
-    """Raise ValueError where some blocks have none."""
+    """Raise ValueError if some blocks have no experts."""
     refuse(source, "mlp_only_layers", "blocks without experts between others")
     if source["decoder_sparse_step"] != 1:
         raise ValueError(
@@ -42,7 +42,7 @@ def require_experts_everywhere(source: Json) -> None:
 
 
 def qwen_experts(source: Json, **own: Any) -> ExpertsConfig:
-    """As all Qwen models write them; `own` fields beside."""
+    """Experts as all Qwen models write them, with further fields `own`."""
     count = source.get("num_local_experts") or source["num_experts"]
     return ExpertsConfig(count, source["num_experts_per_tok"], bool(source["norm_topk_prob"]), **own)
 

@@ -15,7 +15,7 @@ from jaxrl_llm.parallel.backend import backend_in_use
 from jaxrl_llm.parallel.rules import map_parts
 from jaxrl_llm.ranges import Count, Natural, Positive, Range, require_ranges
 
-# Numbers in the inputs of the (token, expert) pairs that are served at a time.
+# Largest number of input elements of the (token, expert) pairs that are computed at a time.
 PAIRS_AT_A_TIME = 2**28
 
 ExpertProduct = Literal["auto", "ragged", "dense"]
@@ -28,11 +28,11 @@ class ExpertsConfig:
 
     Attributes:
       count: experts.
-      per_token: experts that serve a token.
-      normalise: the weights of a token's experts are made to sum to one.
-      scores: what the router makes of its products: probabilities of all experts, or a sigmoid for each.
+      per_token: experts per token.
+      normalise: the weights of a token's experts are normalised to sum to one.
+      scores: function of the router's logits: a softmax over all experts, or a sigmoid for each.
       router_bias: the router has a bias.
-      selection_bias: a number for each expert is added to its score where experts are chosen, and not in their weights.
+      selection_bias: a bias for each expert is added to its score for the choice of experts, but not for their weights.
       groups: experts stand in groups of equal size, of which a token takes its own from `groups_per_token`: those whose
         two best scores have the largest sum.
       groups_per_token: groups that are open to a token.
@@ -108,12 +108,12 @@ class ExpertsConfig:
 
 
 class Routing(NamedTuple):
-    """Where each token goes.
+    """The experts of each token.
 
     Attributes:
       probabilities: of all experts, float32: the softmax of the router's scores, or their sigmoids over the sum.
       choices: the experts of each token, best first.
-      weights: of their answers, float32.
+      weights: of their outputs, float32.
     """
 
     probabilities: Float[Array, "B T E"]
@@ -131,14 +131,14 @@ def route(
     selection_bias: Float[Array, "E"] | None = None,
     factor: Float[Array, "E"] | None = None,
 ) -> Routing:
-    """Pick the `per_token` best experts, or weigh those that are given.
+    """Pick the `per_token` best experts, or compute the weights of given ones.
 
     Args:
       x: normed input of the block's MLP.
       router: the router's projection.
       experts: how scores become choices and weights.
-      choices: recorded earlier: the same experts serve each token, with weights of the present router, so that
-        training differentiates through the path that sampling took.
+      choices: recorded earlier: each token uses the same experts, with weights of the current router, so that training
+        differentiates through the experts that sampling used.
       bias: of the projection.
       selection_bias: added where experts are chosen; it has no gradient.
       factor: of each expert, on its weight.
@@ -156,7 +156,7 @@ def route(
         choices = jax.lax.top_k(_of_open_groups(ranked, experts), experts.per_token)[1]
     weights = jnp.take_along_axis(found, choices, axis=-1)
     if experts.normalise:
-        # A softmax over those that were chosen does not underflow for experts that were improbable.
+        # A softmax over the chosen experts does not underflow for improbable ones.
         over_sum = lambda: weights / (weights.sum(axis=-1, keepdims=True) + 1e-20)  # noqa: E731
         chosen = jnp.take_along_axis(scores, choices, axis=-1)
         weights = over_sum() if sigmoid else jax.nn.softmax(chosen, axis=-1)
@@ -167,7 +167,7 @@ def route(
 
 
 def _of_open_groups(ranked: Float[Array, "B T E"], experts: ExpertsConfig) -> Float[Array, "B T E"]:
-    """The same with -inf for experts whose group is not among a token's best ones."""
+    """The scores, with -inf for experts whose group is not among a token's best ones."""
     if experts.groups == 1:
         return ranked
     grouped = ranked.reshape(*ranked.shape[:2], experts.groups, -1)
@@ -202,9 +202,9 @@ def expert_mlp(
 
 
 def _ragged(x, choices, weights, experts, gated):
-    """Sort (token, expert) pairs by expert, so that each expert serves one run of rows.
+    """Sort (token, expert) pairs by expert, so that each expert computes contiguous rows.
 
-    Long batches are served in equal parts, which bounds memory. Gradients of the experts are summed over the parts in
+    Long batches are computed in equal parts, which bounds memory. Gradients of the experts are summed over the parts in
     float32.
     """
     parts = -(-x.size * choices.shape[1] // PAIRS_AT_A_TIME)
@@ -248,7 +248,7 @@ def _sorted_pairs(x, choices, weights, experts, gated):
 
 
 def _dense(x, choices, weights, experts, gated):
-    """Every expert sees every token; one at a time, so that memory does not grow with their number."""
+    """Compute every expert for every token, one expert at a time, so that memory does not grow with their number."""
     count = experts[0].shape[0]
     shares = (weights[..., None] * jax.nn.one_hot(choices, count, dtype=weights.dtype)).sum(axis=1)
 

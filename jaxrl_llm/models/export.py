@@ -1,4 +1,4 @@
-"""Weights out: parameters -> a directory that `transformers` loads, in safetensors files of bounded size."""
+"""Export: parameters -> a directory that `transformers` loads, in safetensors files of bounded size."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from jaxrl_llm.models.text_tensors import text_names
 from jaxrl_llm.models.transformer_config import Precision, TransformerConfig
 
 SCORE = "score.weight"  # of a reward model
-# What else belongs to a model and is copied as it is.
+# Further files of a model, which are copied unchanged.
 COPIED = (
     "generation_config.json",
     "tokenizer.json",
@@ -57,11 +57,10 @@ def save_model(
 ) -> list[Path]:
     """Write config.json, safetensors files with their index, and the files that came with the model.
 
-    The directory appears when it is complete, and not before. In a run of several processes all call this, and the
-    first writes.
+    The directory appears only when it is complete. In a run of several processes all call this, and the first writes.
 
     Args:
-      directory: to be made; may exist, empty.
+      directory: to create; it may exist if it is empty.
       params: as `transformer_specs` describes; may be sharded.
       config: of the model.
       source: the directory that it was imported from: its config.json is kept, its tokenizer files and
@@ -126,7 +125,7 @@ def save_model(
 
 @dataclass(frozen=True)
 class Held:
-    """An array in the place of a tensor of a checkpoint."""
+    """An array with the interface of a checkpoint tensor."""
 
     array: np.ndarray
 
@@ -136,7 +135,7 @@ class Held:
         return self.array.nbytes
 
     def read(self, ranges: tuple[Any, ...]) -> np.ndarray:
-        """A box of it."""
+        """A slice of it."""
         return self.array[ranges]
 
 
@@ -178,7 +177,7 @@ def _write_shards(
     named: Callable[[str], str],
     carried: Mapping[str, StoredTensor | Held],
 ) -> None:
-    """Write our tensors under the names that they have in the checkpoint, and those that are carried as they are."""
+    """Write our tensors under their names in the checkpoint, and the carried tensors unchanged."""
     from safetensors.numpy import save_file
 
     tensors = layout.tensors()
@@ -186,7 +185,7 @@ def _write_shards(
     for part in layout.parts:
         for name, layer, expert in layout.names(part):
             pieces[name].append((part, layer, expert))
-    # By layer, so that the leaves of one layer are fetched once and then let go.
+    # By layer, so that the leaves of one layer are fetched once and then freed.
     ordered = sorted(tensors, key=lambda name: -1 if (layer := layer_of(name)) is None else layer)
     wide = {name for name in tensors if pieces[name][0][0].leaf.endswith(IN_FLOAT32)}
     stored_as = {name: jnp.dtype("float32") if name in wide else dtype for name in tensors}
@@ -209,7 +208,7 @@ def _write_shards(
         built |= {name: carried[name].read((...,)) for name in names if name in carried}
         weight_map |= dict.fromkeys(built, file)
         if writes:
-            # transformers refuses a file that does not say which framework wrote it.
+            # transformers refuses a file that does not name its framework.
             save_file(built, directory / file, metadata={"format": "pt"})
     if writes and len(plan) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
@@ -217,7 +216,7 @@ def _write_shards(
 
 
 def fetch(leaf: Array, layer: int | None) -> np.ndarray:
-    """A leaf, or one layer of it, on the host, whatever its sharding."""
+    """A leaf, or one layer of it, on the host, from any sharding."""
     sharding = getattr(leaf, "sharding", None)
     everywhere = NamedSharding(sharding.mesh, P()) if isinstance(sharding, NamedSharding) else None
     return np.asarray(_layer(leaf, layer, everywhere))

@@ -20,11 +20,11 @@ FAMILIES: dict[str, Family] = DENSE_FAMILIES | EXPERT_FAMILIES | HYBRID_FAMILIES
 
 @dataclass(frozen=True)
 class TextPart:
-    """What reads text in a vision-language architecture.
+    """The text part of a vision-language architecture.
 
     Attributes:
-      text: architecture of the text part, by its `model_type`; the first one where that is not said.
-      defaults: what a missing key of `text_config` means here, where that is not what the family's means.
+      text: architecture of the text part, by its `model_type`; the first one if that is missing.
+      defaults: values of missing keys of `text_config` that differ from the defaults of the family.
     """
 
     text: dict[str, str]
@@ -45,7 +45,7 @@ VISION_LANGUAGE: dict[str, TextPart] = {
         {"mistral": "MistralForCausalLM", "ministral3": "Ministral3ForCausalLM"}
     ),
 }
-# Reward models: the class of transformers with a score in the place of a vocabulary -> the family of its backbone.
+# Reward models: the class of transformers with a score head instead of a vocabulary -> family of its backbone.
 REWARD_MODELS: dict[str, str] = {
     f"{name}ForSequenceClassification": f"{name.replace('Text', '')}ForCausalLM"
     for name in (
@@ -61,10 +61,10 @@ _ACTIVATIONS: dict[str, Activation] = {
     "gelu_new": "gelu_tanh",
     "gelu": "gelu",
 }
-# How a model computes, as opposed to what it is: two configs that differ in these alone are one model.
+# Fields of execution: two configs that differ only in these describe the same model.
 _EXECUTION = ("attention", "layer_loop", "parameter_dtype", "compute_dtype")
 _PRECISIONS = ("float32", "bfloat16")
-# Fields in which null says "none", or "as another field has it".
+# Fields in which null means "none", or "the value of another field".
 _NULL = frozenset(
     {"sliding_window", "head_dim", "num_key_value_heads", "q_lora_rank", "rope_scaling", "rope_parameters"}
     | {"attn_logit_softcapping", "final_logit_softcapping", "hidden_activation", "layer_types", "max_window_layers"}
@@ -92,12 +92,12 @@ def architecture_of(source: Json) -> str:
 
 
 def is_vision_language(source: Json) -> bool:
-    """Whether a `config.json` describes a checkpoint of which only a part reads text."""
+    """Whether a `config.json` describes a vision-language checkpoint."""
     return architecture_of(source) in VISION_LANGUAGE
 
 
 def is_reward_model(source: Json) -> bool:
-    """Whether a `config.json` describes a model that scores texts and writes none."""
+    """Whether a `config.json` describes a reward model, which scores texts."""
     return architecture_of(source) in REWARD_MODELS
 
 
@@ -268,7 +268,7 @@ def config_to_json(
 
 
 def _says(written: Json, config: TransformerConfig) -> bool:
-    """Whether a `config.json` reads back as this config."""
+    """Whether reading a `config.json` gives this config."""
     try:
         return not _differences(config, config_from_json(written))
     except ValueError:
@@ -300,7 +300,7 @@ def _differences(config: TransformerConfig, other: TransformerConfig) -> list[st
 
 
 def _complete(source: Json, family: Family) -> dict[str, Any]:
-    """Fill in what the family leaves unsaid, and ask for what it never does."""
+    """Fill in the defaults of the family, and raise for missing fields that have none."""
     defaults = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "tie_word_embeddings": False} | dict(family.defaults)
     if source.get("rope_scaling"):
         defaults.pop("rope_parameters", None)

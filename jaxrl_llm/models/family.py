@@ -1,4 +1,4 @@
-"""What a model family is to us: how its `config.json` is read and written, and what it leaves unsaid."""
+"""The description of a model family: how its `config.json` is read and written, and its defaults."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ Json = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Family:
-    """How one architecture writes its config.
+    """How one architecture writes its `config.json`.
 
     Attributes:
       model_type: its name in `config.json`.
-      has: what it is made of, for the documentation.
+      has: its components, for the documentation.
       fields: config.json -> the fields of `TransformerConfig` that are the family's own.
       json: the reverse.
-      defaults: what a missing key of `config.json` means.
+      defaults: values of missing keys of `config.json`.
       experts: its blocks are mixtures of experts; None where they may be.
       rope: keys of rotary positions that it reads and others do not, see `rope_fields`.
     """
@@ -35,7 +35,7 @@ class Family:
 
 
 def refuse(source: Json, key: str, meaning: str) -> None:
-    """Raise ValueError where config.json switches on something that the decoder does not have."""
+    """Raise ValueError if config.json enables a feature that the decoder does not support."""
     if source.get(key):
         raise ValueError(
             f"config.json has {key} {source[key]!r}: {meaning} are not supported; use a checkpoint without"

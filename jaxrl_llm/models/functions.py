@@ -1,4 +1,4 @@
-"""Bring your own model: any pure functions that keep to the protocol of `Model` are a policy.
+"""Custom models: pure functions that follow the protocol of `Model` are a policy.
 
 The protocol, with B rows, T tokens a row and width D:
 
@@ -26,7 +26,7 @@ from jaxrl_llm.models.generic_cache import recomputing, repeating
 from jaxrl_llm.models.model import Model
 from jaxrl_llm.models.parameters import specs_of
 
-# Sizes at which a model is looked at when it is built.
+# Sizes at which a model is checked when it is built.
 _ROWS, _WIDTH, _SLOTS, _SAMPLES, _EXTRA = 2, 3, 7, 3, 5
 
 
@@ -94,10 +94,10 @@ def from_functions(
 
 
 def check_protocol(model: Model) -> None:
-    """Hold shapes and dtypes of a model's functions against the protocol, by abstract evaluation.
+    """Check shapes and dtypes of a model's functions against the protocol, by abstract evaluation.
 
     Raises:
-      ValueError: naming the function, what it gave, and what it should give.
+      ValueError: names the function, its result, and the expected result.
     """
     params = jax.eval_shape(model.init, jax.random.key(0))
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):

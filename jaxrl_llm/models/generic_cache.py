@@ -90,12 +90,12 @@ def repeating(init_cache: Callable[[int, int], PyTree]) -> Callable[[PyTree, int
 
 
 class Record(NamedTuple):
-    """What was said so far: the cache of a model that has none.
+    """The tokens so far: the cache of a model without its own cache.
 
     Attributes:
       tokens: in the order in which they came.
       positions: of each token, -1 where the slot is empty or padding.
-      used: slots written so far.
+      used: number of slots written so far.
     """
 
     tokens: Int[Array, "B S"]
@@ -108,8 +108,8 @@ def recomputing(
 ) -> tuple[Callable[..., tuple[Array, Record | None]], Callable[[int, int], Record]]:
     """(apply, init_cache) for a model without a cache: every call computes all slots again.
 
-    Exactly what the model says of the whole sequence, for any model that ignores padding; but a completion of T tokens
-    costs T forward passes over prompt and completion, where a cache of keys and values costs about one.
+    The result equals that of the whole sequence, for any model that ignores padding; but a completion of T tokens costs
+    T forward passes over prompt and completion, where a cache of keys and values costs about one.
 
     Args:
       forward: (params, tokens [B, T], positions [B, T]) -> hidden [B, T, D].

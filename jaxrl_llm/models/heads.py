@@ -1,7 +1,7 @@
-"""Heads: numbers read out of hidden states, for value models, token-level rewards and rewards of whole sequences.
+"""Heads: outputs computed from hidden states, for value models, token-level rewards and sequence rewards.
 
-A head is a small tree of parameters. What it reads is up to the caller: hidden states that the policy's own parameters
-give (a shared backbone, which then learns from the head's loss too), or those of a copy (a backbone of its own).
+A head is a small tree of parameters. The caller chooses its inputs: hidden states of the policy (a shared backbone,
+which the head's loss then also trains), or of a copy (its own backbone).
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ Backbone = Literal["own", "shared"]
 
 @dataclass(frozen=True)
 class HeadConfig:
-    """What a head is made of.
+    """Sizes and initialisation of a head.
 
         one layer     h W                 W ~ normal(0, initial_scale / (D + 1))
         two layers    silu(h V + b) W     W ~ normal(0, initial_scale / (M + 1)), V ~ normal(0, 1 / sqrt(D)), b = 0
 
-    Hidden states come out of a norm, with entries of about 1, so that the outputs of a fresh head are about
+    Hidden states are normalised, with entries of about 1, so the outputs of a new head are about
     initial_scale / sqrt(D), or six tenths of initial_scale / sqrt(M).
 
     Attributes:
@@ -61,7 +61,7 @@ class HeadConfig:
 
 
 def hidden_width(model: Model) -> int:
-    """Width of the model's hidden states, found without computing any."""
+    """Width of the model's hidden states, found by abstract evaluation."""
     token = jnp.zeros((1, 1), jnp.int32)
     params = jax.eval_shape(model.init, jax.random.key(0))
     return jax.eval_shape(lambda p: model.apply(p, token, token, None)[0], params).shape[-1]
@@ -85,7 +85,7 @@ def init_head(model: Model, key: Array, config: HeadConfig = HeadConfig()) -> di
     """Parameters of a head for the hidden states of `model`.
 
     Args:
-      model: whose hidden states it reads.
+      model: the model whose hidden states it reads.
       key: random key.
       config: sizes and initial scale.
 
@@ -98,14 +98,14 @@ def init_head(model: Model, key: Array, config: HeadConfig = HeadConfig()) -> di
 def from_policy(
     model: Model, policy: PyTree, key: Array, config: HeadConfig = HeadConfig(), *, backbone: Backbone = "own"
 ) -> dict[str, PyTree]:
-    """Parameters of a model with a head that starts from a policy: a fresh head, and a copy of the policy to read.
+    """Parameters of a model with a head, initialised from a policy: a new head, and a copy of the policy as backbone.
 
     Args:
       model: the policy.
       policy: its parameters.
       key: random key of the head.
       config: of the head.
-      backbone: "own" copies the policy; "shared" leaves the copy out, so that the policy itself is read.
+      backbone: "own" copies the policy; "shared" has no copy, so the head reads the policy itself.
 
     Returns:
       {"head": ..., "backbone": ...}, or {"head": ...}.
@@ -120,7 +120,7 @@ def from_policy(
 
 
 def head_outputs(head: PyTree, hidden: Float[Array, "*B D"]) -> Float[Array, "*B N"]:
-    """What a head makes of hidden states: h W, or silu(h V + b) W; in float32 whatever their dtype.
+    """The outputs of a head: h W, or silu(h V + b) W; in float32 for hidden states of any dtype.
 
     Raises:
       ValueError: for hidden states of another width than the head's.
@@ -131,7 +131,7 @@ def head_outputs(head: PyTree, hidden: Float[Array, "*B D"]) -> Float[Array, "*B
             f"the head reads hidden states of width {inputs}, but these have width {hidden.shape[-1]}; make the head "
             "with init_head for this model"
         )
-    # A head is a sliver of the model: full precision costs nothing, where accelerators would round to fewer bits.
+    # A head is a small part of the model, so full precision costs little; accelerators would round to fewer bits.
     product = lambda x, w: jnp.matmul(x, w.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)  # noqa: E731
     hidden = hidden.astype(jnp.float32)
     if "hidden" in head:
@@ -142,7 +142,7 @@ def head_outputs(head: PyTree, hidden: Float[Array, "*B D"]) -> Float[Array, "*B
 def token_outputs(
     model: Model, params: PyTree, head: PyTree, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]
 ) -> Float[Array, "B T N"]:
-    """A token-level head: numbers for every token, given the tokens up to and with it; 0 at padding.
+    """A token-level head: outputs for every token, given the tokens up to and including it; 0 at padding.
 
     Args:
       model: the backbone.
@@ -162,7 +162,7 @@ def token_outputs(
 def sequence_reward(
     model: Model, params: PyTree, head: PyTree, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]
 ) -> Float[Array, "B"]:
-    """A scalar reward head: one number a sequence, read at its last real token.
+    """A scalar reward head: one number per sequence, read at its last real token.
 
     An empty completion is judged at the last token of its prompt; a row without any token has reward 0.
 
@@ -183,7 +183,7 @@ def sequence_reward(
 
 
 def positions_of(mask: Bool[Array, "*B T"]) -> Int[Array, "*B T"]:
-    """Positions from where real tokens are: 0, 1, ... along each row, and -1 at padding on whichever side.
+    """Positions from a mask of real tokens: 0, 1, ... along each row, and -1 at padding on either side.
 
     >>> positions_of(jnp.array([[0, 0, 1, 1], [1, 1, 1, 0]])).tolist()
     [[-1, -1, 0, 1], [0, 1, 2, -1]]
@@ -193,13 +193,13 @@ def positions_of(mask: Bool[Array, "*B T"]) -> Int[Array, "*B T"]:
 
 
 def at_first(values: Float[Array, "B T ..."], mask: Float[Array, "B T"]) -> Float[Array, "B ..."]:
-    """Each row's entry at its first token that counts; the first entry where none does."""
+    """Each row's entry at its first token of the mask; the first entry if the mask is empty."""
     first: Int[Array, "B"] = jnp.argmax(mask > 0, axis=1)
     return jax.vmap(lambda row, i: row[i])(values, first)
 
 
 def at_last(values: Float[Array, "B T ..."], positions: Int[Array, "B T"]) -> Float[Array, "B ..."]:
-    """Each row's entry at its last real token; 0 where a row has none."""
+    """Each row's entry at its last real token; 0 for a row without any."""
     last = jax.vmap(lambda row, i: row[i])(values, jnp.argmax(positions, axis=1))
     return jnp.where(_any_token(positions).reshape(-1, *[1] * (last.ndim - 1)), last, 0)
 

@@ -1,4 +1,4 @@
-"""The families whose layers are of several kinds: what their `config.json` says beyond the common fields."""
+"""The families whose layers are of several kinds: the fields of their `config.json` beyond the common ones."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def _gemma4_fields(source: Json) -> dict[str, Any]:
 
 
 def _gemma4_experts(source: Json) -> ExpertsConfig | None:
-    """Experts beside the MLP, which serves every token."""
+    """Experts beside the MLP; every token uses the MLP."""
     if not source.get("enable_moe_block"):
         return None
     if source.get("use_double_wide_mlp") and source.get("num_kv_shared_layers"):

@@ -1,7 +1,7 @@
-"""A checkpoint directory in orbax's layout: what `jaxrl import` writes, which a mesh restores without safetensors.
+"""A checkpoint directory in orbax's layout: `jaxrl import` writes it, and a mesh restores it without safetensors.
 
-Beside `params/` lie config.json, tokenizer and template, so the directory can be used wherever a Hugging Face directory
-can; and of a vision-language model what is not text.
+Beside `params/` it holds config.json, tokenizer and template, so it can be used in place of a Hugging Face directory;
+for a vision-language model it also holds the tensors that are not text.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from jaxrl_llm.models.model import Model
 from jaxrl_llm.models.parameters import abstract
 
 PARAMS = "params"
-# What a vision-language checkpoint holds beside its text part, for an export.
+# The tensors of a vision-language checkpoint outside its text part, for an export.
 OTHERS = "vision.safetensors"
 
 
@@ -30,12 +30,12 @@ def is_imported(directory: str | Path) -> bool:
 
 
 def save_imported(directory: str | Path, params: PyTree, *, source: str | Path) -> Path:
-    """Write parameters with orbax, and beside them what else belongs to the model.
+    """Write parameters with orbax, and the other files of the model beside them.
 
-    The directory appears when it is complete, and not before.
+    The directory appears only when it is complete.
 
     Args:
-      directory: to be made; may exist, empty.
+      directory: to create; it may exist if it is empty.
       params: of the model; may be sharded.
       source: the checkpoint directory that they were read from.
 
@@ -74,7 +74,7 @@ def read_imported(directory: str | Path, model: Model, *, sharding: jax.sharding
       sharding: of every leaf, or a tree with one for each.
 
     Raises:
-      ValueError: when the stored parameters are not the model's, naming them.
+      ValueError: if the stored parameters differ from the model's; names them.
     """
     wanted = abstract(model.specs)
     path = (Path(directory) / PARAMS).resolve()

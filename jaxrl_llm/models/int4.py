@@ -12,7 +12,7 @@ from jaxrl_llm.models.parameters import ParameterSpec
 
 # Symmetric: -8 is not used.
 LARGEST, OFFSET = 7, 8
-# Inputs that share a scale; fewer where their number has no such divisor.
+# Inputs that share a scale; fewer if their number has no such divisor.
 GROUP = 64
 
 
@@ -21,9 +21,9 @@ class QuantisedInGroups:
     """A matrix as values * scale, one scale for each output and group of neighbours along the last input axis.
 
     Attributes:
-      values: two of them a byte, the earlier one in the lower bits; half as long along the last input axis.
+      values: two per byte, the earlier one in the lower bits; half as long along the last input axis.
       scale: one entry a group along that axis, bfloat16.
-      axis: which one that is, from the end.
+      axis: index of the last input axis, from the end.
       dtype: name of the dtype that the matrix had.
     """
 
@@ -37,7 +37,7 @@ def group_size(inputs: int) -> int:
     """Neighbours that share a scale: the largest power of two up to 64 that divides the inputs.
 
     Raises:
-      ValueError: for an odd number of inputs, of which two do not fill a byte.
+      ValueError: for an odd number of inputs, because two values share a byte.
     """
     if inputs % 2:
         raise ValueError(f"lora.int4 is true, but a matrix has {inputs} inputs, an odd number; use lora.int8")
@@ -51,8 +51,8 @@ def quantised_in_groups(weights: Float[Array, "L ..."], *, inputs: int, stacked:
 
     Args:
       weights: stacked over layers, [L, *I, *O].
-      inputs: how many axes I there are.
-      stacked: how many axes L there are: layers, and experts of a layer.
+      inputs: number of axes I.
+      stacked: number of axes L: layers, and experts of a layer.
     """
     axis = stacked + inputs - 1
     shape, size = weights.shape, group_size(weights.shape[axis])
@@ -78,7 +78,7 @@ def dequantised_groups(weights: QuantisedInGroups) -> Float[Array, "..."]:
 
 
 def quantised_in_groups_spec(spec: ParameterSpec, *, inputs: int, stacked: int = 1) -> Any:
-    """What `quantised_in_groups` makes of a parameter, before it exists."""
+    """The spec of a parameter after `quantised_in_groups`."""
     axis = stacked + inputs - 1
 
     def shaped(length: int, dtype: Any) -> ParameterSpec:

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int8
 
 from jaxrl_llm.models.parameters import ParameterSpec
 
-# Symmetric: -128 is not used, so that a matrix and its negative are stored alike.
+# Symmetric: -128 is not used, so that a matrix and its negative have the same magnitudes.
 LARGEST = 127
 
 
@@ -41,8 +41,8 @@ def quantised(weights: Float[Array, "L ..."], *, inputs: int, stacked: int = 1) 
 
     Args:
       weights: stacked over layers, [L, *I, *O].
-      inputs: how many axes I there are.
-      stacked: how many axes L there are: layers, and experts of a layer.
+      inputs: number of axes I.
+      stacked: number of axes L: layers, and experts of a layer.
     """
     wide = weights.astype(jnp.float32)
     largest = jnp.max(jnp.abs(wide), axis=input_axes(inputs, stacked), keepdims=True)
@@ -57,7 +57,7 @@ def dequantised(weights: Quantised) -> Float[Array, "..."]:
 
 
 def quantised_spec(spec: ParameterSpec, *, inputs: int, stacked: int = 1) -> Any:
-    """What `quantised` makes of a parameter, before it exists."""
+    """The spec of a parameter after `quantised`."""
     summed = input_axes(inputs, stacked)
     one = lambda sizes, instead: tuple(instead if i in summed else size for i, size in enumerate(sizes))  # noqa: E731
     return Quantised(

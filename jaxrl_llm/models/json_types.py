@@ -1,4 +1,4 @@
-"""Types of the fields of `config.json`: what should be a number is one, before anything is computed from it."""
+"""Types of the fields of `config.json`, checked before the fields are used."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ _KIND_OF = {name: kind for kind, names in _KINDS.items() for name in names.split
 
 
 def require_types(source: Mapping[str, Any], inside: str = "") -> None:
-    """Refuse a `config.json` with a field of another type than is read, null excepted; objects are looked into.
+    """Refuse a `config.json` with a field of a wrong type; null is allowed, and nested objects are checked.
 
     Raises:
       ValueError: naming the field, its value, and what it must be.

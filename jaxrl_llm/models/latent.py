@@ -1,4 +1,4 @@
-"""Latent attention: keys and values of all heads are projections of one narrow vector a token, which is what is cached.
+"""Latent attention: keys and values of all heads are projections of one narrow vector per token, which is cached.
 
 The projections up are moved to the other side of both products, so that attention works on the latents themselves, as
 if all query heads shared one key/value head whose keys hold the values:
@@ -20,7 +20,7 @@ from jaxrl_llm.models.cache import KeysAndValues, Rounded
 from jaxrl_llm.models.layer_kinds import LatentConfig
 from jaxrl_llm.models.projection import project
 
-# The norms of latents have an epsilon of their own, whatever the model's.
+# The norms of latents have their own epsilon.
 NORM_EPSILON = 1e-6
 
 
@@ -38,7 +38,7 @@ def latent_queries_and_keys(
       x: normed input.
       latent: sizes.
       norm: (x, gain) -> normed.
-      rotated: turns queries or keys by the angles of their positions.
+      rotated: rotates queries or keys by the angles of their positions.
     """
     rank = latent.rank
     narrow = x if latent.query_rank is None else norm(project(x, params["query_down"]), params["query_norm"])
@@ -55,7 +55,7 @@ def latent_queries_and_keys(
 
 
 def latent_values(pair: KeysAndValues, rank: int) -> KeysAndValues:
-    """Cached keys [B, 1, C, S] with the values that they hold."""
+    """Cached keys [B, 1, C, S] and the values that they contain."""
     keys = pair.keys
     if isinstance(keys, Rounded):
         return KeysAndValues(keys, Rounded(keys.values[..., :rank, :].swapaxes(-1, -2), keys.scale.swapaxes(-1, -2)))

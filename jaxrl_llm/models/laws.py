@@ -1,4 +1,4 @@
-"""What training takes for granted of a model, tried out on a small input."""
+"""The properties that training assumes of a model, tested on a small input."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ LAWS = {
 
 
 def check_model(model: Model, params: PyTree | None = None, *, tolerance: float = 1e-4) -> dict[str, float]:
-    """Try the laws of a model: cached equals uncached, padding changes nothing, nothing looks ahead.
+    """Test the laws of a model: cached equals uncached, padding has no effect, no token depends on later ones.
 
     Args:
-      model: to be tried.
-      params: its parameters; None draws some. Parameters of which some are exactly 0 at first (an output projection,
-        say) hide what they switch off: hand over others then.
+      model: to be tested.
+      params: its parameters; None draws some. If some are exactly 0 at first (an output projection, say), they hide the
+        parts that they multiply: pass others then.
       tolerance: largest error, relative to the largest hidden state; 1e-4 is ample in float32, bfloat16 needs 0.05.
 
     Returns:
@@ -94,7 +94,7 @@ def check_model(model: Model, params: PyTree | None = None, *, tolerance: float 
     hold("padding", *alone, *moved)
 
     scores, last = np.asarray(model.logits(params, given)), np.asarray(model.logits(params, given[:, -1]))
-    # As large as hidden states, against which errors are held.
+    # As large as hidden states, which errors are compared with.
     unit = scale / max(np.abs(scores).max(), 1e-30)
     hold("logits", (last * unit, scores[:, -1] * unit))
 
@@ -105,7 +105,7 @@ def check_model(model: Model, params: PyTree | None = None, *, tolerance: float 
 
     cache = apply(*prompt, model.init_cache(len(_LENGTHS), _PROMPT))[1]
     copies, places = (np.repeat(array, _SAMPLES, axis=0) for array in (tokens, positions))
-    # The samples of a prompt say different things.
+    # The samples of a prompt differ.
     copies[1::_SAMPLES, _PROMPT:] = (copies[1::_SAMPLES, _PROMPT:] + 1) % model.vocabulary_size
     expected = whole(copies, places)[:, _PROMPT:]
     expanded = model.expand_cache(cache, _SAMPLES, _STEPS)
@@ -136,7 +136,7 @@ def _decoded(
     cache: PyTree,
     grow: Callable[[PyTree], PyTree] = lambda cache: cache,
 ) -> list:
-    """Hidden states behind the prompt, one token at a time; half-way the cache grows."""
+    """Hidden states after the prompt, one token at a time; half-way the cache grows."""
     pieces = []
     for column in range(_PROMPT, tokens.shape[1]):
         if column == _PROMPT + _STEPS // 2:

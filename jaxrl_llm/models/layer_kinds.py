@@ -1,4 +1,4 @@
-"""Sizes of what some layers have instead of attention over heads of their own, or beside it."""
+"""Sizes of layers with another mechanism instead of, or beside, ordinary attention."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ class LatentConfig:
 
 @dataclass(frozen=True)
 class DeltaConfig:
-    """Sizes of gated delta-net layers, see delta.py, and which layers are such.
+    """Sizes of gated delta-net layers, see delta.py, and the choice of these layers.
 
     Attributes:
       key_heads: heads of queries and keys.
-      value_heads: heads of values, each with a state of its own; a multiple of `key_heads`.
+      value_heads: heads of values, each with its own state; a multiple of `key_heads`.
       key_width: of one query or key.
       value_width: of one value.
       kernel: tokens that the convolution before them sees, the own one included.

@@ -1,4 +1,4 @@
-"""A mesh for those who have not chosen one: from the number of devices, the size of the model, and what divides."""
+"""The automatic mesh: chosen from the number of devices, the size of the model, and divisibility."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from typing import Any, NamedTuple
 import jax
 
 GIB = 2**30
-# Where the backend does not say how much memory a device has.
+# If the backend does not report the memory of a device.
 ASSUMED_BYTES = 16 * GIB
-# Of a device's memory: what the whole state may take, and what the weights that decode may take.
+# Shares of a device's memory for the whole state, and for the weights of decoding.
 STATE_SHARE, WEIGHTS_SHARE = 0.3, 0.4
 
 
 class Demand(NamedTuple):
-    """What a run asks of memory, and what limits how it can be split.
+    """The memory demand of a run, and limits on its division.
 
     Attributes:
       state_bytes: parameters, gradients, optimiser state and copies, all together.
-      weight_bytes: parameters in the dtype that decoding reads.
-      heads: that `tensor` has to divide: the greatest common divisor of all that it splits.
-      experts: in a block; 1 without a mixture.
-      rows: sequences that are differentiated at once.
+      weight_bytes: parameters in the dtype of decoding.
+      heads: greatest common divisor of all sizes that `tensor` must divide.
+      experts: number of experts per block; 1 without a mixture.
+      rows: sequences per backward pass.
     """
 
     state_bytes: int
@@ -35,11 +35,11 @@ class Demand(NamedTuple):
 def automatic_sizes(
     devices: list[Any], demand: Demand, *, device_bytes: int | None = None
 ) -> tuple[dict[str, int], str]:
-    """(sizes of the mesh axes, why).
+    """(sizes of the mesh axes, reason).
 
-    Data parallel while the whole state fits beside the activations; else sharded over all devices (`fsdp`), with as
-    little `tensor` as the weights need that decoding gathers, `expert` for a mixture, and devices that have no row of
-    their own on `sequence`. Every slice of a multi-slice machine is a replica.
+    Data parallel if the whole state fits beside the activations; otherwise sharded over all devices (`fsdp`), with the
+    smallest `tensor` for which the gathered weights of decoding fit, `expert` for a mixture, and `sequence` for devices
+    without their own row. Every slice of a multi-slice machine is a replica.
     """
     memory = device_bytes or memory_of(devices[0])
     slices = len({getattr(device, "slice_index", 0) for device in devices})
@@ -74,7 +74,7 @@ def automatic_sizes(
 
 
 def memory_of(device: Any) -> int:
-    """Bytes of a device that a program may use, as its backend says, or an assumption."""
+    """Bytes of a device that a program may use, as reported by its backend, or an assumption."""
     try:
         stats = device.memory_stats()
     except (jax.errors.JaxRuntimeError, NotImplementedError, AttributeError):

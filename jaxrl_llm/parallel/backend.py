@@ -1,4 +1,4 @@
-"""The kind of device that programs are made for: that of this process, or of a machine that is planned for."""
+"""The kind of device that programs are compiled for: this process's, or that of a planned machine."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def backend_in_use() -> str:
 
 @contextmanager
 def planned_for(platform: str | None) -> Iterator[None]:
-    """Programs are traced for this kind of device; None leaves that of the process."""
+    """A context in which programs are traced for this kind of device; None: that of the process."""
     token = _PLANNED.set(platform)
     try:
         yield
@@ -28,20 +28,20 @@ def planned_for(platform: str | None) -> Iterator[None]:
         _PLANNED.reset(token)
 
 
-# Communication of several GPUs under computation; XLA does so by itself on TPUs. Every jax in our range must know the
-# options that stand here: an unknown one fails the compilation.
+# Overlap of communication and computation on several GPUs, the default on TPUs. All supported jax versions must know
+# these options: an unknown one fails the compilation.
 OVERLAPPED_ON_GPUS = MappingProxyType({"xla_gpu_enable_latency_hiding_scheduler": True})
 
 
 def compiler_options(mesh: Any) -> dict[str, Any] | None:
-    """What `jax.jit` tells the compiler of a program for this mesh; None leaves all to XLA_FLAGS and its defaults."""
+    """Compiler options of `jax.jit` for this mesh; None leaves everything to XLA_FLAGS and the defaults."""
     several = mesh is not None and mesh.size > 1
     return dict(OVERLAPPED_ON_GPUS) if several and backend_in_use() == "gpu" else None
 
 
 def options_of_one_run() -> dict[str, Any] | None:
-    """What `jax.jit` tells the compiler of a program that runs once: on a CPU, not to spend seconds on its code.
+    """Compiler options of `jax.jit` for a program that runs once: on a CPU, less optimisation of the code.
 
-    The numbers are those of a program that is optimised fully: the passes that may reorder arithmetic are the same.
+    The numbers equal those of a fully optimised program: the passes that may reorder arithmetic are the same.
     """
     return {"xla_backend_optimization_level": 1} if backend_in_use() == "cpu" else None

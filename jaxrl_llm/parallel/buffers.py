@@ -1,4 +1,4 @@
-"""Which buffers a compiled program holds, and when: from the reports that XLA writes beside a program."""
+"""The buffers of a compiled program and their lifetimes, from the reports that XLA writes."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ class Buffer(NamedTuple):
     """One value in the temporary memory of a device.
 
     Attributes:
-      value: name of the instruction that makes it.
+      value: name of the instruction that creates it.
       shape: dtype and sizes.
       bytes: as laid out, padding included.
-      offset: where it lies.
+      offset: its address.
       start, end: first and last instruction of its life, in the order of the program.
     """
 
@@ -37,7 +37,7 @@ class Reports(NamedTuple):
 
 
 def read_reports(directory: Path) -> Reports | None:
-    """What `xla_dump_to` left in a directory that holds one program; None where it left no schedule."""
+    """The reports of `xla_dump_to` in a directory with one program; None without a schedule."""
     lives = sorted(directory.glob("*live-range.txt"))
     assigned = sorted(directory.glob("*buffer-assignment.txt"))
     if not lives or not assigned:
@@ -69,7 +69,7 @@ def _schedule(text: str) -> tuple[list[str], dict[str, tuple[int, int]]]:
 
 
 def peaks(reports: Reports, phases: Mapping[str, str]) -> dict[str, tuple[int, list[Buffer]]]:
-    """Of each phase, the most temporary memory it holds at once, and the buffers there, largest first.
+    """For each phase, the peak of temporary memory, and its buffers, the largest first.
 
     Args:
       reports: of a program.
@@ -88,7 +88,7 @@ def peaks(reports: Reports, phases: Mapping[str, str]) -> dict[str, tuple[int, l
 
 
 def _extent(live: list[Buffer]) -> int:
-    """Bytes that some buffers cover together; those that share a place are one."""
+    """Bytes covered by buffers together; overlapping ones count once."""
     total, reached = 0, 0
     for buffer in sorted(live, key=lambda each: each.offset):
         end = buffer.offset + buffer.bytes
@@ -105,7 +105,7 @@ def _distinct(live: list[Buffer]) -> list[Buffer]:
 
 
 def as_rows(buffers: list[Buffer], origins: Mapping[str, str], count: int = 6) -> list[dict[str, Any]]:
-    """The largest of them as plain data, with where in the program they come from."""
+    """The largest buffers as plain data, with their origins in the program."""
     return [
         {"bytes": buffer.bytes, "shape": buffer.shape, "value": buffer.value, "from": origins.get(buffer.value, "")}
         for buffer in buffers[:count]

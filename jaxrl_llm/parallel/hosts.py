@@ -1,7 +1,7 @@
-"""What a host does of a run on many: rows of its own, scores of its own rows, and one host that writes.
+"""Division of a run among hosts: each builds and scores its own rows, and one host writes records.
 
-The global batch is the same whatever the number of hosts: rows are numbered over the whole batch, a sharding says
-which rows a host's devices hold, and a host builds those and no others.
+The global batch does not depend on the number of hosts: rows are indexed over the whole batch, the sharding determines
+the rows on a host's devices, and a host builds only those.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _peers: Peers | None = None
 
 
 def join(peers: Peers | None) -> None:
-    """Make the connections to the other processes known to the functions here; None for one process alone."""
+    """Set the connections to the other processes for the functions here; None for a single process."""
     global _peers
     _peers = peers
 
@@ -40,15 +40,15 @@ def is_main() -> bool:
 
 
 def agreed_stop(wanted: bool) -> bool:
-    """Whether all processes stop here; each calls it once a step. `Peers.agreed_stop` says more."""
+    """Whether all processes stop here; each calls it once per step. See `Peers.agreed_stop`."""
     return wanted if _peers is None else _peers.agreed_stop(wanted)
 
 
 def local_rows(sharding: NamedSharding, count: int) -> np.ndarray:
-    """Numbers of the rows, of `count`, that devices of this host hold, ascending.
+    """Ascending indices of the rows, out of `count`, on devices of this host.
 
     Raises:
-      ValueError: when the sharding does not divide the rows.
+      ValueError: if the sharding does not divide the rows.
     """
     try:
         indices = sharding.addressable_devices_indices_map((count,))
@@ -61,13 +61,13 @@ def local_rows(sharding: NamedSharding, count: int) -> np.ndarray:
 
 
 def global_rows(build: Callable[[np.ndarray], PyTree], count: int, sharding: NamedSharding) -> PyTree:
-    """Global arrays of `count` rows, of which each host builds its own.
+    """Global arrays of `count` rows; each host builds its own rows.
 
     Args:
-      build: takes the numbers of rows and returns a tree of arrays with those rows along the first axis. Row i must be
-        the same whichever rows are asked for with it.
+      build: indices of rows -> a tree of arrays with these rows along the first axis. Row i must not depend on the
+        other requested rows.
       count: rows of the global arrays.
-      sharding: of the first axis; the other axes are whole on every device.
+      sharding: of the first axis; the other axes are not split.
 
     Returns:
       A tree of global arrays.
@@ -91,12 +91,12 @@ def global_rows(build: Callable[[np.ndarray], PyTree], count: int, sharding: Nam
 
 
 def placed_rows(tree: PyTree, mesh: Mesh | None, rules: Rules = RULES) -> PyTree:
-    """Global arrays from arrays of rows that every host has: each hands over those that its devices hold.
+    """Global arrays from arrays of rows that exist on every host; each host passes the rows of its devices.
 
     Args:
       tree: arrays with the same number of rows, equal on all hosts.
-      mesh: the devices; None leaves the tree as it is.
-      rules: the table that says which devices rows belong to. Those that do not divide the rows hold all of them.
+      mesh: the devices; None returns the tree unchanged.
+      rules: the sharding rules. Mesh axes that do not divide the rows hold all of them.
     """
     leaves = jax.tree.leaves(tree)
     if mesh is None or not leaves:
@@ -108,16 +108,16 @@ def placed_rows(tree: PyTree, mesh: Mesh | None, rules: Rules = RULES) -> PyTree
 
 
 def row_sharding(count: int, mesh: Mesh, rules: Rules = RULES) -> NamedSharding:
-    """Where the table puts `count` rows, as far as the mesh divides them."""
+    """The sharding of `count` rows, as far as the mesh divides them."""
     return NamedSharding(mesh, partition_spec(("rows",), (count,), mesh, rules))
 
 
 def by_rows(tree: PyTree, groups: int, mesh: Mesh, rules: Rules = RULES) -> PyTree:
-    """Global arrays moved to where every host holds whole rows, and whole groups of them.
+    """Global arrays resharded so that every host holds whole rows and whole groups.
 
     Args:
-      tree: arrays with one entry a row, wherever a program has left them.
-      groups: equal blocks of neighbouring rows that are not torn apart; where they are not equal, rows are.
+      tree: arrays with one entry per row, in any sharding.
+      groups: number of equal blocks of consecutive rows that are kept together; for unequal blocks, the number of rows.
       mesh: the devices.
       rules: the table.
     """
@@ -133,7 +133,7 @@ def _moved(sharding: NamedSharding) -> Callable[[PyTree], PyTree]:
 def own_rows(tree: PyTree) -> tuple[np.ndarray, PyTree]:
     """(numbers, rows) of global arrays that are this host's to score: every row is exactly one host's.
 
-    Where several devices hold a row, the host of its first replica owns it.
+    A replicated row belongs to the host of its first replica.
     """
     leaves = jax.tree.leaves(tree)
     shards = [shard for shard in leaves[0].addressable_shards if shard.replica_id == 0]
@@ -149,9 +149,9 @@ def own_rows(tree: PyTree) -> tuple[np.ndarray, PyTree]:
 
 
 def gathered_rows(rows: np.ndarray, values: np.ndarray, count: int) -> np.ndarray:
-    """All `count` rows on every host, from the rows that each host has: what host rewards are after scoring.
+    """All `count` rows on every host, from the rows of each host, such as host rewards after scoring.
 
-    Every row must be given by exactly one host; the result is then the same, bit for bit, for any number of hosts.
+    Every row must be given by exactly one host; then the result is bit-identical for any number of hosts.
     """
     values = np.asarray(values)
     whole = np.zeros((count, *values.shape[1:]), values.dtype)
@@ -179,13 +179,13 @@ def host_copy(tree: PyTree) -> PyTree:
 
 
 def meet(where: str) -> None:
-    """Wait until all hosts are here."""
+    """Wait until all hosts have called this function."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(where)
 
 
 def from_main(number: int | None) -> int | None:
-    """What this whole number, at least 0, or None is on the host that writes. All hosts must call it."""
+    """The value (a natural number or None) of process 0. All hosts must call it."""
     if jax.process_count() == 1:
         return number
     said = int(multihost_utils.broadcast_one_to_all(np.int32(-1 if number is None else number)))
@@ -193,7 +193,7 @@ def from_main(number: int | None) -> int | None:
 
 
 def said_by_all(text: str) -> list[str]:
-    """What every host says, in the order of their numbers. All hosts must call it."""
+    """The texts of all hosts, in order of their numbers. All hosts must call it."""
     if jax.process_count() == 1:
         return [text]
     said = text.encode()
@@ -204,7 +204,7 @@ def said_by_all(text: str) -> list[str]:
 
 
 def first_failure(text: str | None) -> str | None:
-    """What went wrong on the first host where something did; None where nothing did. All hosts must call it."""
+    """The error message of the first host that has one; None without errors. All hosts must call it."""
     if jax.process_count() == 1:
         return text
     said = enumerate(said_by_all((text or "")[:4000]))

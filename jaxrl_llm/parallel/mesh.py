@@ -1,4 +1,4 @@
-"""Devices as a mesh. One device is a mesh of one, and no other module knows how many there are."""
+"""Devices as a mesh. A single device is a mesh of size one; no other module depends on the number of devices."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def make_mesh(devices: int | Sequence[Any] | None = None, sizes: Mapping[str, in
     """A mesh with the axes slice, data, fsdp, expert, sequence and tensor.
 
     Args:
-      devices: how many of the devices that there are, from the first, or the devices themselves; None takes all.
+      devices: number of devices to use, from the first, or the devices themselves; None uses all.
       sizes: of the axes, 1 where an axis is not named; None puts all devices on `data`.
 
     Raises:
-      ValueError: when there are fewer devices than asked for, the sizes do not multiply to their number, or a TPU
-        slice cannot be divided in this way.
+      ValueError: for fewer devices than requested, sizes whose product differs from their number, or an impossible
+        division of a TPU slice.
     """
     chosen = _devices(devices)
     sizes = {"data": len(chosen)} if sizes is None else dict(sizes)
@@ -38,7 +38,7 @@ def make_mesh(devices: int | Sequence[Any] | None = None, sizes: Mapping[str, in
             raise ValueError(f"mesh.{_FIELDS.get(axis, axis)} is {size}; it must be at least 1")
     if (problem := axis_product_error(sizes, len(chosen))) is not None:
         raise ValueError(problem)
-    # Neighbours on a torus share the axes that communicate most.
+    # The axes with the most communication are mapped to neighbours on the torus.
     neighbours = isinstance(devices, int) or devices is None or getattr(chosen[0], "platform", "") == "tpu"
     placed = placed_devices(chosen, sizes, neighbours=neighbours)
     return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
@@ -48,12 +48,12 @@ def placed_devices(devices: Sequence[Any], sizes: Mapping[str, int], *, neighbou
     """The devices along the axes of a mesh of these sizes.
 
     Args:
-      devices: as many as the sizes multiply to; of a TPU they have `device_kind`, `coords` and `core_on_chip`.
+      devices: as many as the product of the sizes; TPU devices have `device_kind`, `coords` and `core_on_chip`.
       sizes: of the axes, 1 where an axis is not named.
-      neighbours: devices that are linked lie along one axis; else they keep their order, within a slice.
+      neighbours: place linked devices along one axis; otherwise keep their order, within a slice.
 
     Raises:
-      ValueError: where devices of a TPU are no box, or no division of the box has these sizes.
+      ValueError: if the devices of a TPU do not form a box, or the box cannot be divided into these sizes.
     """
     from jax.experimental.mesh_utils import create_device_mesh, create_hybrid_device_mesh
 
@@ -62,7 +62,7 @@ def placed_devices(devices: Sequence[Any], sizes: Mapping[str, int], *, neighbou
     if neighbours and slices not in (1, shape[0]):
         raise ValueError(f"mesh.slices is {shape[0]}, but the devices lie on {slices} slices; set it to {slices}")
     try:
-        # A dimension of the torus may belong to several axes: what is asked for is then slower, instead of refused.
+        # A dimension of the torus may be split among several axes: this is slower, but not refused.
         if slices > 1 and shape[0] > 1:
             within, across = (1, *shape[1:]), (shape[0], *[1] * (len(shape) - 1))
             return create_hybrid_device_mesh(within, across, devices=devices, allow_split_physical_axes=True)
@@ -78,7 +78,7 @@ def placed_devices(devices: Sequence[Any], sizes: Mapping[str, int], *, neighbou
 
 
 def axis_product_error(sizes: Mapping[str, int], count: int) -> str | None:
-    """What is wrong with sizes that do not multiply to the number of devices; None where they do."""
+    """Error message for sizes whose product differs from the number of devices; None if they agree."""
     product = math.prod(sizes.values())
     if product == count:
         return None
@@ -97,7 +97,7 @@ def _devices(devices: int | Sequence[Any] | None) -> list[Any]:
 
 
 def _way_out(sizes: Mapping[str, int], count: int) -> str:
-    """What would make the product right, where changing one number is enough."""
+    """The remedy, if changing one number gives the right product."""
     product = math.prod(sizes.values())
     if count % product == 0:
         axis = "fsdp" if sizes.get("fsdp", 1) > 1 else "data"
@@ -121,8 +121,7 @@ def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
 
 
 def row_constraint(mesh: Mesh | None, rules: Rules = RULES, name: str = "rows") -> Callable[[PyTree], PyTree]:
-    """A function that spreads the first axis of every array over the devices that rows belong to; identity without a
-    mesh."""
+    """A function that shards the first axis of every array over the devices of rows; identity without a mesh."""
     if mesh is None:
         return lambda rows: rows
 

@@ -1,8 +1,8 @@
-"""The processes of a run hear of each other while it lasts: who was lost, who ended and why, at which step to stop.
+"""Connections between the processes of a run: lost processes, errors of other processes, and agreement on a stop.
 
-Each has an open connection to process 0. When one closes, its process is lost, and the others hear of it within a
-second, or within `SILENCE` where a whole machine is gone. jax's own heartbeats notice as well, but later, and then its
-C++ aborts without saying who; when process 0 itself is lost, that abort and the message here come at the same time.
+Each process has an open connection to process 0. When a connection closes, its process is lost, and the others are
+informed within a second, or within `SILENCE` if a whole machine is lost. jax's own heartbeats detect this later and
+abort without naming the process; if process 0 is lost, that abort and the message here come at the same time.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
-LOST = 75  # exit status: another process was lost or never came; the same run may be started again
+LOST = 75  # exit status: another process was lost or did not start; the run may be restarted
 SILENCE = 60  # seconds after which a machine that does not answer counts as lost
-GRACE = 3.0  # seconds in which a process ends by itself of what ended another one
+GRACE = 3.0  # seconds in which a process may end by itself from the same cause as another one
 _LONGEST = 1 << 20  # bytes of one message
 
 
 class ProcessLost(RuntimeError):
-    """Another process of the run never came, or is gone."""
+    """Another process of the run did not start, or was lost."""
 
 
 @dataclass(frozen=True)
@@ -35,10 +35,10 @@ class Place:
 
     Attributes:
       coordinator: host:port of process 0, the same for all.
-      processes: how many there are.
+      processes: number of processes.
       process: number of this one, from 0.
-      how: what said so, for messages.
-      local_devices: accelerators of this host that are this process's; None for all.
+      how: source of this information, for messages.
+      local_devices: accelerators of this host for this process; None for all.
     """
 
     coordinator: str
@@ -50,7 +50,7 @@ class Place:
 
 @dataclass
 class Link:
-    """An open connection and the process at its other end; `early` messages came together with its greeting."""
+    """An open connection and its process; `early` has messages received together with the greeting."""
 
     connection: socket.socket
     process: int = 0
@@ -76,7 +76,7 @@ class Link:
         *lines, self.rest = (self.rest + data).split(b"\n")
         try:
             return [message for line in lines if isinstance(message := json.loads(line), dict)]
-        except ValueError:  # something else speaks there
+        except ValueError:  # not a process of this program
             return None
 
     @property
@@ -96,8 +96,8 @@ class Peers:
         self.place, self.decided = place, dict(decided)
         self._links = {link.process: link for link in links}
         self._changed = threading.Condition()
-        self._checks = 0  # times that agreed_stop was called
-        self._reports: dict[int, int] = {}  # process 0: how far each one was when a stop was asked for
+        self._checks = 0  # number of calls of agreed_stop
+        self._reports: dict[int, int] = {}  # process 0: number of calls of each process when a stop was requested
         self._asked = self._told = False
         self._stop_at: int | None = None
         self._leaving = self._over = False
@@ -107,8 +107,8 @@ class Peers:
         """Whether all processes stop here; each calls it at the same points of its program.
 
         Args:
-          wanted: this process would like to stop. It is asked of the others without waiting for them.
-          seconds: how long the others may take to say how far they are.
+          wanted: whether this process requests a stop; the others are informed without waiting.
+          seconds: time limit for the answers of the others.
 
         Returns:
           The same on every process at the same call: False until the first call that none of them has made yet.
@@ -120,7 +120,7 @@ class Peers:
             if wanted and not self._asked:
                 self._asked = True
                 self._tell({"stop": True})
-            # From here on no check is passed until all have said how many they have made.
+            # From now on no call returns until all processes have reported their number of calls.
             if self._told and not self._changed.wait_for(lambda: self._stop_at is not None, seconds):
                 raise ProcessLost(f"the other processes did not agree within {seconds:g} s on a step to stop at")
             self._checks += 1
@@ -129,13 +129,15 @@ class Peers:
     def leave(self, status: int = 0, why: str = "") -> None:
         """Say that this process ends, and with which status; with another than 0 the others end with it too."""
         if status:
-            time.sleep(GRACE)  # what failed here may be that another was lost: word of it is on its way, and ends this
+            time.sleep(
+                GRACE
+            )  # the failure here may be caused by the loss of another process: its message will end this process
         with self._changed:
             self._leaving = True
             self._tell({"bye": status, "why": why})
         if self.place.process == 0:
             self._broadcast({"over": True})
-            if status:  # jax aborts the others as soon as this process is gone: let them end by themselves
+            if status:  # jax aborts the others as soon as this process has ended: let them end by themselves first
                 with self._changed:
                     self._changed.wait_for(lambda: not self._links, GRACE + 2)
 
@@ -155,7 +157,7 @@ class Peers:
         self._hear(message)
 
     def _collect(self, sender: int, message: Mapping[str, Any]) -> None:
-        """Process 0: what a process said."""
+        """Process 0: handle a message of a process."""
         if "stop" in message and not self._told:
             self._broadcast({"stop": True})
         if "bye" in message:
@@ -174,7 +176,7 @@ class Peers:
                 self._broadcast({"ended": message["bye"], "text": text, "by": sender})
 
     def _hear(self, message: Mapping[str, Any]) -> None:
-        """What process 0 told everyone."""
+        """Handle a message of process 0."""
         with self._changed:
             if "stop" in message and not self._told:
                 self._told = True
@@ -183,7 +185,7 @@ class Peers:
             self._over |= "over" in message
             self._changed.notify_all()
         if "ended" in message and message["by"] != self.place.process:
-            # What ended the other one, a number that is not finite for instance, is about to end this one as well.
+            # The cause, for instance a non-finite number, is about to end this process as well.
             threading.Thread(target=self._end, args=(message["ended"], message["text"], GRACE), daemon=True).start()
 
     def _listen(self) -> None:
@@ -223,7 +225,7 @@ class Peers:
         self._end(LOST, text, 1.0 if self.place.process == 0 else 0.0)
 
     def _end(self, status: int, text: str, after: float = 0.0) -> None:
-        """End this process from a thread: the main one may be waiting for the lost one, and never come back."""
+        """End this process from a thread: the main thread may be blocked, waiting for the lost process."""
         time.sleep(after)
         if not self._leaving:
             ends = f"process {self.place.process} of {self.place.processes} ends with it"
@@ -232,7 +234,7 @@ class Peers:
 
 
 def exit_now(status: int) -> NoReturn:
-    """End this process without the exit of the interpreter, in which jax would wait for processes that are gone."""
+    """End this process without the interpreter's exit handlers, in which jax would wait for lost processes."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)

@@ -1,4 +1,4 @@
-"""Where parameters lie, and everything that is shaped like them: optimiser moments, references, critics."""
+"""Shardings of parameters and of arrays shaped like them: optimiser moments, references, critics."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from jaxtyping import PyTree
 
 from jaxrl_llm.parallel.rules import RULES, Rules, ambient_layout, axes_of, constrain, partition_spec
 
-# Names whose size an axis has to divide. The others (vocabulary, embed) are kept whole where it does not.
+# Names whose size a mesh axis must divide. The others (vocabulary, embed) are not split otherwise.
 STRICT = ("kv_heads", "mlp", "expert")
 HOST = "pinned_host"
 
@@ -32,7 +32,7 @@ def shardings(specs: PyTree, mesh: Mesh, rules: Rules = RULES) -> PyTree:
       rules: from logical axes to mesh axes.
 
     Raises:
-      ValueError: where mesh axes do not divide the number of heads, of experts, or the width of an MLP.
+      ValueError: if mesh axes do not divide the number of heads, of experts, or the width of an MLP.
     """
 
     def sharding(path: Any, spec: Any) -> NamedSharding:
@@ -71,12 +71,12 @@ def kept_whole(specs: PyTree, mesh: Mesh, rules: Rules = RULES) -> dict[str, int
 
 
 def constrained_like(specs: PyTree, tree: PyTree, dtype: Any = None) -> PyTree:
-    """Parameters, or what is shaped like them, pinned inside a program to where the ambient table puts parameters.
+    """Constrain parameters, or arrays shaped like them, to the sharding of parameters inside a program.
 
     Args:
-      specs: of the parameters; None pins nothing.
+      specs: of the parameters; None: no constraint.
       tree: arrays.
-      dtype: what matrices are cast to first, so that less is moved; None leaves them.
+      dtype: dtype to which matrices are cast first, to move less data; None: unchanged.
     """
     if specs is None or ambient_layout() is None:
         return tree
@@ -92,18 +92,18 @@ def constrained_like(specs: PyTree, tree: PyTree, dtype: Any = None) -> PyTree:
 def state_shardings(
     state: PyTree, params: PyTree, placed: PyTree, mesh: Mesh, *, on_host: Collection[str] = ()
 ) -> PyTree:
-    """A sharding for every array of a training state: what belongs to a parameter lies as the parameter does.
+    """A sharding for every array of a training state: arrays that belong to a parameter have its sharding.
 
     An array belongs to the parameter whose path is the end of its own path and whose shape it has: moments of the
-    optimiser, the copy that a divergence compares with, the backbone of a critic. A statistic of fewer axes (rows and
-    columns of Adafactor) keeps the placement of the axes that it has. All else is small and whole on every device.
+    optimiser, the copy for a divergence, the backbone of a critic. A statistic of fewer axes (rows and columns of
+    Adafactor) has the sharding of its remaining axes. All other arrays are small and replicated.
 
     Args:
       state: any tree of arrays or of their shapes.
       params: the parameters, or their shapes.
       placed: their shardings.
       mesh: the devices.
-      on_host: names of fields of the state that are kept in the memory of the host.
+      on_host: names of fields of the state in host memory.
     """
     known: dict[tuple[str, ...], list[tuple[tuple[int, ...], P]]] = {}
     leaves = jax.tree_util.tree_leaves_with_path(params)
@@ -124,7 +124,7 @@ def state_shardings(
 
 
 def _restricted(shape: tuple[int, ...], whole: tuple[int, ...], spec: P) -> P | None:
-    """The placement of an array of this shape that belongs to a parameter: all of its axes, or those left."""
+    """The sharding of an array of this shape that belongs to a parameter: of all of its axes, or the remaining ones."""
     parts = [*spec, *[None] * (len(whole) - len(spec))]
     if shape == whole:
         return P(*parts)

@@ -1,8 +1,8 @@
-"""A roll call before a run starts: all processes are there, and about to run the same thing.
+"""A roll call before a run starts: checks that all processes are connected and have the same versions and config.
 
-Process 0 listens where jax's coordinator will listen a moment later; the others connect and say who they are and what
-they are about to run. All wait for a bounded time, nobody starts unless everybody may, and the connections stay open
-(`peers`). jax's own start knows neither what the others run nor who is missing, and aborts where it gives up.
+Process 0 listens on the port that jax's coordinator will use afterwards; the others connect and send their number,
+versions and config. All wait for a bounded time, no process starts unless all may, and the connections stay open
+(`peers`). jax's own start compares no versions, does not name missing processes, and aborts on a timeout.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _GREETING = "jaxrl roll call"
 
 
 class Disagreement(ValueError):
-    """The processes of a run are not about to run the same thing."""
+    """The processes of a run have different versions or configs."""
 
 
 def call_roll(
@@ -29,17 +29,17 @@ def call_roll(
     seconds: float,
     decide: Callable[[], Mapping[str, Any]] = dict,
 ) -> Peers:
-    """Wait until all processes are there and about to run the same thing.
+    """Wait until all processes are connected, and check that they agree.
 
     Args:
       place: of this process.
-      facts: what must be the same everywhere: versions, the config.
+      facts: values that must be equal on all processes: versions, the config.
       seconds: how long to wait for the others.
-      decide: called on process 0 alone when all are there; what it returns is `decided` on every process.
+      decide: called on process 0 when all are connected; its result is `decided` on every process.
 
     Raises:
-      Disagreement: on every process; it says which ones differ, and in what.
-      ProcessLost: when some do not come in time, or process 0 does not answer.
+      Disagreement: on every process, naming the differing processes and values.
+      ProcessLost: if some processes do not connect in time, or process 0 does not answer.
     """
     hello = {
         "greeting": _GREETING,
@@ -68,7 +68,7 @@ def _gather(place: Place, hello: Mapping[str, Any], until: float, seconds: float
         ) from None
     with listener:
         while not trouble and time.monotonic() < until:
-            # One that came and ended is not there: it may be started again.
+            # A process that connected and ended does not count: it may be restarted.
             links = {number: link for number, link in links.items() if not link.closed}
             if len(links) == place.processes - 1:
                 break
@@ -93,7 +93,7 @@ def _gather(place: Place, hello: Mapping[str, Any], until: float, seconds: float
                 )
             links[link.process] = link
             if link.said["facts"]["number of processes"] != str(place.processes):
-                break  # they will never all come
+                break  # the number of processes is wrong
     everyone = {0: hello} | {number: link.said for number, link in sorted(links.items())}
     trouble = trouble or _differences(everyone)
     missing = [number for number in range(1, place.processes) if number not in links]
@@ -115,7 +115,7 @@ def _gather(place: Place, hello: Mapping[str, Any], until: float, seconds: float
 
 
 def _first(link: Link, until: float) -> dict[str, Any] | None:
-    """The first message of a link; None when it closes, or says nothing in time."""
+    """The first message of a link; None if it closes or sends nothing in time."""
     while (left := until - time.monotonic()) > 0:
         link.connection.settimeout(min(1.0, left))
         messages = link.receive()
@@ -129,7 +129,7 @@ def _first(link: Link, until: float) -> dict[str, Any] | None:
 
 
 def _greeted(connection: socket.socket) -> Link | None:
-    """A link to a process of this program; None for anything else that knocks at the port."""
+    """A link to a process of this program; None for any other connection to the port."""
     link = Link(_lively(connection))
     hello = _first(link, time.monotonic() + 5)
     if hello is None or hello.get("greeting") != _GREETING:
@@ -151,7 +151,7 @@ def _join(place: Place, hello: Mapping[str, Any], until: float, seconds: float) 
             continue
         link = Link(_lively(connection))
         link.send(hello)
-        # Process 0 waits as long as this one, and may have begun a little later.
+        # Process 0 waits as long as this one, and may have started a little later.
         reply = _first(link, until + 30)
         if reply is not None and "decided" in reply:
             _refused(reply)
@@ -168,7 +168,7 @@ def _join(place: Place, hello: Mapping[str, Any], until: float, seconds: float) 
 
 
 def _lively(connection: socket.socket) -> socket.socket:
-    """Notice within `SILENCE` seconds that the machine at the other end is gone without a word."""
+    """Set TCP keepalive, to detect within `SILENCE` seconds that the machine at the other end is lost."""
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     idle = "TCP_KEEPIDLE" if hasattr(socket, "TCP_KEEPIDLE") else "TCP_KEEPALIVE"  # as macOS calls it
     for name, value in ((idle, SILENCE // 2), ("TCP_KEEPINTVL", SILENCE // 6), ("TCP_KEEPCNT", 3)):
@@ -185,7 +185,7 @@ def _refused(reply: Mapping[str, Any]) -> None:
 
 
 def _differences(everyone: Mapping[int, Mapping[str, Any]]) -> str:
-    """Which processes differ and in what; empty when none does."""
+    """Message with the differing processes and values; empty if all agree."""
     names = dict.fromkeys(name for hello in everyone.values() for name in hello["facts"])
     lines = []
     for name in names:
@@ -198,7 +198,7 @@ def _differences(everyone: Mapping[int, Mapping[str, Any]]) -> str:
     if not lines:
         return ""
     more = f"; and {len(lines) - 8} more" if len(lines) > 8 else ""
-    return f"the processes are not about to run the same: {'; '.join(lines[:8])}{more}. Start all of them alike"
+    return f"the processes differ: {'; '.join(lines[:8])}{more}. Start all of them with the same versions and config"
 
 
 def _some(who: Sequence[str]) -> str:

@@ -1,7 +1,8 @@
-"""One table from the names of an array's axes to the axes of a mesh, and the few functions that read it.
+"""The table that maps names of array axes to mesh axes, and the functions that use it.
 
-Model code names what an axis holds (`rows`, `kv_heads`, `vocabulary`) and never sees a mesh: inside `layout` the names
-are looked up, outside of it nothing happens. This module imports nothing of the project: anything may import it.
+Model code names the content of an axis (`rows`, `kv_heads`, `vocabulary`) and does not use a mesh: inside `layout` the
+names are looked up, outside of it they have no effect. This module imports nothing of the project, so any module may
+import it.
 """
 
 from __future__ import annotations
@@ -20,21 +21,21 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, PyTree
 
-# From the slowest links to the fastest: devices that differ in the last axis alone are neighbours.
+# From the slowest links to the fastest: devices that differ only in the last axis are neighbours.
 AXES = ("slice", "data", "fsdp", "expert", "sequence", "tensor")
 Rules = Mapping[str, tuple[str, ...]]
 
-# Where an axis of an array goes. Of activations: rows, positions, decoded_rows, sampled_rows; of parameters: embed,
+# Array axis -> mesh axes. Axes of activations: rows, positions, decoded_rows, sampled_rows; of parameters: embed,
 # layer; of both: kv_heads, mlp, vocabulary, expert.
 RULES: Rules = MappingProxyType(
     {
         "rows": ("slice", "data", "fsdp", "expert"),
         "positions": ("sequence",),
-        # In decoding a row has one position, and the devices along a sequence take rows of their own.
+        # In decoding a row has one position, and the devices along `sequence` take different rows.
         "decoded_rows": ("slice", "data", "fsdp", "expert", "sequence"),
-        # A token is drawn from a whole distribution: rows are split further, instead of gathering the vocabulary.
+        # Sampling a token needs the whole distribution: rows are split further instead of gathering the vocabulary.
         "sampled_rows": ("slice", "data", "fsdp", "expert", "sequence", "tensor"),
-        # Devices along a sequence, or that share experts, compute with the same weights: each keeps a part of them.
+        # Devices along `sequence` and `expert` compute with the same weights: each keeps a part of them.
         "embed": ("fsdp", "sequence", "expert"),
         "layer": (),
         "kv_heads": ("tensor",),
@@ -48,7 +49,7 @@ ANY = P.UNCONSTRAINED
 
 
 class Layout(NamedTuple):
-    """A mesh and the table that is read for it."""
+    """A mesh and its sharding rules."""
 
     mesh: Any
     rules: Rules
@@ -65,11 +66,11 @@ def changed_rules(changes: Mapping[str, Sequence[str]], rules: Rules = RULES) ->
     """
     for name, axes in changes.items():
         if name not in rules:
-            raise ValueError(f"mesh.rules names {name!r}, which is no axis of an array; {_nearest(name, rules)}")
+            raise ValueError(f"mesh.rules names {name!r}, which is not an axis of an array; {_nearest(name, rules)}")
         for axis in axes:
             if axis not in AXES:
                 raise ValueError(
-                    f"mesh.rules.{name} names {axis!r}, which is no axis of the mesh; {_nearest(axis, AXES)}"
+                    f"mesh.rules.{name} names {axis!r}, which is not an axis of the mesh; {_nearest(axis, AXES)}"
                 )
     return MappingProxyType({**rules, **{name: tuple(axes) for name, axes in changes.items()}})
 
@@ -81,10 +82,10 @@ def _nearest(name: str, known: Any) -> str:
 
 @contextmanager
 def layout(mesh: Mesh | None, rules: Rules = RULES) -> Iterator[None]:
-    """Names mean axes of this mesh while a program is traced inside; nothing changes without a mesh.
+    """A context in which names of axes refer to this mesh while a program is traced; without a mesh it has no effect.
 
     Raises:
-      ValueError: for a mesh with axes that the table cannot name, or that are not left to the compiler.
+      ValueError: for a mesh with unknown axes, or with axis types other than Auto.
     """
     _require_usable(mesh)
     token = _AMBIENT.set(None if mesh is None else Layout(mesh, rules))
@@ -127,7 +128,7 @@ def decoding(rules: Rules, *, gathered: bool = True) -> Rules:
 
     Args:
       rules: the table of the update.
-      gathered: every device along `embed` holds the weights whole, instead of gathering them for each token.
+      gathered: every device along `embed` holds the full weights, instead of gathering them for each token.
     """
     changes = {"rows": rules["decoded_rows"]} | ({"embed": ()} if gathered else {})
     return MappingProxyType({**rules, **changes})
@@ -136,9 +137,9 @@ def decoding(rules: Rules, *, gathered: bool = True) -> Rules:
 def axes_of(
     names: Sequence[str | None], shape: Sequence[int], mesh: Any, rules: Rules = RULES
 ) -> list[tuple[str, ...]]:
-    """Mesh axes of each dimension: those of its name, in order, for as long as their product divides the size.
+    """Mesh axes of each dimension: those of its name, in order, as long as their product divides the size.
 
-    A mesh axis is used once: a dimension leaves out what an earlier one took.
+    Each mesh axis is used once, by the first dimension that names it.
     """
     taken: set[str] = set()
     chosen = []
@@ -158,17 +159,17 @@ def axes_of(
 
 
 def partition_spec(names: Sequence[str | None], shape: Sequence[int], mesh: Any, rules: Rules = RULES) -> P:
-    """How an array with these axes lies on the mesh."""
+    """The partition spec of an array with these axes."""
     return P(*(axes or None for axes in axes_of(names, shape, mesh, rules)))
 
 
 def constrain(x: Array, *names: Any) -> Array:
-    """Pin an array inside a program to where its axes belong; the array itself outside of `layout`.
+    """Constrain the sharding of an array inside a program by the names of its axes; no effect outside of `layout`.
 
     Args:
       x: any array.
-      names: one entry for each of its first axes: a name of the table; None for an axis that every device holds whole;
-        ANY to leave it to the compiler, as all further axes are and those that the mesh does not divide.
+      names: one entry for each of its first axes: a name of the table; None for an axis that is not split; ANY to leave
+        it to the compiler, as for all further axes and those that the mesh does not divide.
     """
     ambient = _AMBIENT.get()
     if ambient is None:
@@ -188,23 +189,24 @@ def constrain(x: Array, *names: Any) -> Array:
 
 
 def _wanted(name: Any, ambient: Layout) -> bool:
-    """Whether a name means any axis of this mesh at all."""
+    """Whether a name maps to any axis of this mesh."""
     return isinstance(name, str) and any(ambient.mesh.shape.get(axis, 1) > 1 for axis in ambient.rules.get(name, ()))
 
 
 def constrain_rows(tree: PyTree, *before: None, name: str = "rows") -> PyTree:
-    """Arrays with one entry a row, spread over the devices that rows belong to.
+    """Shard arrays with one entry per row over the devices of rows.
 
     Args:
       tree: any pytree.
-      before: None for each axis in front of the rows.
-      name: which rows, in the table.
+      before: one None for each axis before the rows.
+      name: name of the rows in the table.
     """
     return jax.tree.map(lambda x: constrain(x, *before, name), tree)
 
 
 def shards(*names: str) -> int:
-    """Into how many parts the mesh cuts an array with these axes, if it divides them; 1 outside of `layout`."""
+    """Number of parts into which the mesh splits an array with these axes, if it divides them; 1 outside of
+    `layout`."""
     ambient = _AMBIENT.get()
     if ambient is None:
         return 1
@@ -213,15 +215,14 @@ def shards(*names: str) -> int:
 
 
 def map_shards(function: Callable[[PyTree, PyTree], PyTree], whole: PyTree, split: PyTree, *names: str) -> PyTree:
-    """function(whole, split), each device on its own part of `split`, with no communication in between.
+    """Apply function(whole, split) on each device to its own part of `split`, without communication.
 
-    What a program computes for each row alone is written so where the compiler would not see it, such as in a loop over
-    chunks: gradients of `whole` are then summed over devices once, behind the loop. Mesh axes that do not belong to
-    these names (tensor) remain the compiler's.
+    This is for row-wise computations that the compiler would not recognise, such as a loop over chunks: gradients of
+    `whole` are then summed over devices once, after the loop. Other mesh axes (tensor) are left to the compiler.
 
     Args:
       function: of parts; its results start with the same axes as `split`.
-      whole: what every device reads all of along these mesh axes.
+      whole: arrays that are replicated along these mesh axes.
       split: arrays whose first axes have these names, all of one size in them.
       names: in the table.
     """
@@ -247,10 +248,10 @@ def map_shards(function: Callable[[PyTree, PyTree], PyTree], whole: PyTree, spli
 def map_parts(
     function: Callable[[Any, PyTree, PyTree], Array], parts: PyTree, split: PyTree, *names: str, part: str
 ) -> Array:
-    """function(first, parts, split), where each device has some of `parts`, summed over all of them.
+    """The sum over devices of function(first, parts, split), where each device has some of `parts`.
 
-    For a mixture of experts: the tokens of the devices that share the experts are gathered, each device computes what
-    its own experts add, and the sums return to where the tokens came from.
+    For a mixture of experts: the tokens of the devices along `expert` are gathered, each device computes the outputs of
+    its own experts, and the sums are scattered back.
 
     Args:
       function: of some parts, the number of the first of them, and rows; its result starts with the axes of `split`.
@@ -267,7 +268,7 @@ def map_parts(
     if not manual:
         return function(0, parts, split)
     by = P(*(some or None for some in axes))
-    # Rows come from several devices of one group of experts only where their own axis is split over it.
+    # Rows need to be gathered only if their axis is split over the devices of the experts.
     exchanged = tuple(axis for axis in over if axis in axes[0])
     repeated = tuple(axis for axis in over if axis not in axes[0])
 
@@ -287,5 +288,5 @@ def map_parts(
 
 
 def ambient_layout() -> Layout | None:
-    """The mesh and the table inside `layout`, for kernels that the compiler cannot split."""
+    """The mesh and rules of the current `layout`, for kernels that the compiler cannot split."""
     return _AMBIENT.get()

@@ -1,7 +1,7 @@
-"""The start of a run on one host or on many: who the processes are, a roll call, then jax's own runtime.
+"""The start of a run on one or several hosts: identification of processes, roll call, then jax's runtime.
 
-One process alone needs nothing of this. Several are recognised by what started them (TPU, GKE, Slurm, Open MPI), as
-jax recognises them, or are told by flags.
+A single process needs none of this. Several processes are identified by their launcher (TPU, GKE, Slurm, Open MPI), as
+in jax, or by flags.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ from jaxrl_llm.bounds import natural
 from jaxrl_llm.parallel.peers import Peers, Place
 from jaxrl_llm.parallel.roll_call import call_roll
 
-# What decides which numbers a process computes, and what it writes into a checkpoint that the others write too.
+# Packages that affect the numbers of a process, or its part of a checkpoint.
 _PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "numpy", "ml_dtypes")
-# What a launcher sets for each of several processes, whether or not jax recognises it.
+# Variables set by launchers of several processes, whether or not jax recognises them.
 _LAUNCHED = (("SLURM_STEP_NUM_TASKS", "SLURM_PROCID"), ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"))
 
 
 def place_of_this_process(
     coordinator: str | None = None, processes: int | None = None, process: int | None = None, *, seconds: float = 600.0
 ) -> Place | None:
-    """Where this process stands among the processes of a run; None when it is the only one.
+    """The place of this process among the processes of a run; None for a single process.
 
     Args:
-      coordinator: host:port of process 0. With it the launcher's variables give the numbers, if they are not given.
-      processes: how many there are.
-      process: number of this one.
-      seconds: how long the coordinator's name may take to be known.
+      coordinator: host:port of process 0; missing numbers are then taken from the launcher's variables.
+      processes: number of processes.
+      process: number of this process.
+      seconds: time limit for resolving the coordinator's name.
 
     Raises:
-      ValueError: for flags that do not go together, or a launcher that jax does not recognise.
+      ValueError: for incomplete flags, or a launcher that jax does not recognise.
     """
     launched = next((names for names in _LAUNCHED if set(names) <= set(os.environ)), None)
     counted = None if launched is None else tuple(int(os.environ[name]) for name in launched)
@@ -71,7 +71,7 @@ def _flagged(coordinator: str | None, processes: int | None, process: int | None
 
 
 def _recognised(seconds: float) -> Place | None:
-    from jax._src.clusters import ClusterEnv  # the only way to know what jax.distributed.initialize would find
+    from jax._src.clusters import ClusterEnv  # the only way to find out what jax.distributed.initialize would detect
 
     for kind in ClusterEnv._cluster_types:
         # A pod that is not part of an indexed job is one process, and asking Kubernetes about it fails.
@@ -82,9 +82,9 @@ def _recognised(seconds: float) -> Place | None:
         name = kind.name or kind.__name__
         try:
             return _described(kind, name, seconds)
-        except RuntimeError as error:  # the launcher is there, and does not tell
+        except RuntimeError as error:  # the launcher is present, but incomplete
             raise ValueError(
-                f"this process was started by {name}, but jax does not learn from it who the others are ({error}); add "
+                f"this process was started by {name}, but jax cannot get the other processes from it ({error}); add "
                 "--coordinator HOST:PORT --processes N --process-id I"
             ) from error
     return None
@@ -96,10 +96,10 @@ def _described(kind: Any, name: str, seconds: float) -> Place | None:
         return None
     coordinator = kind.get_coordinator_address(int(seconds), os.environ.get("JAX_COORDINATOR_PORT"))
     local = kind.get_local_process_id()
-    # Where a host has one process it takes all the host's devices; jax would give it the first one.
+    # A single process per host uses all of its devices; jax would give it only the first one.
     if name.endswith("tpu") or _one_process_each_host(processes):
         local = None
-    slices = os.environ.get("MEGASCALE_NUM_SLICES")  # left over from before a preemption, it makes all wait
+    slices = os.environ.get("MEGASCALE_NUM_SLICES")  # a value from before a preemption would make all processes wait
     how = name + (f", MEGASCALE_NUM_SLICES={slices}" if slices else "")
     return Place(coordinator, processes, kind.get_process_id(), how, None if local is None else (local,))
 
@@ -118,23 +118,23 @@ def initialise(
     decide: Callable[[], Mapping[str, Any]] = dict,
     heartbeat_seconds: int = 100,
 ) -> Peers | None:
-    """Start jax's runtime over all processes of a run, after a roll call; nothing for one process alone.
+    """Start jax's runtime over all processes of a run, after a roll call; no effect for a single process.
 
-    Must come before anything that makes jax look for devices.
+    Must be called before jax initialises devices.
 
     Args:
       place: of this process.
-      config: as a tree; it must be the same on every process, and so must all else that is in `facts`.
+      config: as a tree; it must be equal on all processes, like all other values of `facts`.
       seconds: how long to wait for the others, at the roll call and again in jax.
-      decide: called on process 0; what it returns is `decided` of every process's `Peers`.
-      heartbeat_seconds: after which jax itself takes a silent process for lost, should word of it not come.
+      decide: called on process 0; its result is `decided` of every process's `Peers`.
+      heartbeat_seconds: time after which jax itself treats a silent process as lost.
 
     Returns:
-      The open connections to the others, to be left with `Peers.leave` at the end; None for one process alone.
+      The open connections to the others, to be closed with `Peers.leave` at the end; None for a single process.
 
     Raises:
-      Disagreement: when the processes are not about to run the same.
-      ProcessLost: when some did not come.
+      Disagreement: if versions or configs differ.
+      ProcessLost: if some processes did not connect.
     """
     if place is None:
         return None
@@ -146,7 +146,7 @@ def initialise(
         place.processes,
         place.process,
         local_device_ids=place.local_devices,
-        cluster_detection_method="deactivate",  # it would choose devices where none were chosen on purpose
+        cluster_detection_method="deactivate",  # jax would otherwise select devices that were not requested
         initialization_timeout=max(60, int(seconds)),
         heartbeat_timeout_seconds=heartbeat_seconds,
     )
@@ -154,7 +154,7 @@ def initialise(
 
 
 def facts(config: Mapping[str, Any]) -> dict[str, str]:
-    """What must be the same on all processes of a run: source, versions, and each key of the config.
+    """Values that must be equal on all processes of a run: source, versions, and each key of the config.
 
     Versions are those of Python, jax, jaxlib, libtpu, flax, optax, orbax, numpy and ml_dtypes; "not installed" is one.
     """

@@ -1,1 +1,1 @@
-"""Plans of a run on machines that are not there: compiled ahead of time, or estimated from sizes."""
+"""Plans of a run on machines that are not present: compiled ahead of time, or estimated from sizes."""

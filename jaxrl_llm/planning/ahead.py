@@ -1,7 +1,7 @@
-"""Compiling the programs of a step for a machine that is not there, in a process of its own.
+"""Ahead-of-time compilation of the programs of a step for another machine, in a separate process.
 
-The process sees a CPU and describes the devices of the machine to the compiler. For TPUs that is libtpu, from the
-package of that name or from TPU_LIBRARY_PATH; virtual devices of a CPU need nothing.
+The process runs on a CPU and passes descriptions of the machine's devices to the compiler. The compiler for TPUs is
+libtpu, from the package of that name or from TPU_LIBRARY_PATH; virtual CPU devices need nothing.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ def libtpu_path() -> Path | None:
 
 
 def can_compile(machine: Topology) -> str | None:
-    """None where programs can be compiled for it here, else why not and what would help."""
+    """None if programs can be compiled for the machine here, else the reason and the remedy."""
     if machine.chip.platform == "cpu":
         return None
     if machine.chip.platform == "gpu":
-        return "there is no compiler for GPUs without a GPU, so that this is an estimate from sizes"
+        return "there is no compiler for GPUs without a GPU, so this is an estimate from sizes"
     if libtpu_path() is None:
         return (
             "libtpu is not installed, so that this is an estimate from sizes; for what the compiler says, install the "
@@ -56,7 +56,7 @@ def can_compile(machine: Topology) -> str | None:
 
 
 def libtpu_requirement() -> str:
-    """What the installed jax says it needs of libtpu."""
+    """The libtpu requirement of the installed jax."""
     for line in importlib.metadata.requires("jax") or ():
         if found := re.match(r"libtpu\s*([^;\s]*)\s*;\s*extra == .tpu.", line):
             return f"libtpu{found[1]}"
@@ -64,7 +64,7 @@ def libtpu_requirement() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of the packages that decide what is compiled."""
+    """Versions of the packages that affect compilation."""
     found = {}
     for name in _PACKAGES:
         try:
@@ -84,10 +84,10 @@ def compiled(tree: dict[str, Any], name: str, *, report: Callable[[str], None] =
     Args:
       tree: the config as plain data.
       name: of the topology.
-      report: is given a line for every program.
+      report: called with a line for every program.
 
     Raises:
-      CannotCompile: with what the compiler said.
+      CannotCompile: with the compiler's message.
     """
     machine = topology(name)
     with tempfile.TemporaryDirectory() as scratch:
@@ -105,7 +105,7 @@ def compiled(tree: dict[str, Any], name: str, *, report: Callable[[str], None] =
         if worker.returncode or not answer.is_file():
             lines = [line for line in said.strip().splitlines() if line.strip()]
             fatal = [line for line in lines if re.match(r"F\d{4} ", line) or "Error" in line]
-            why = (fatal or lines or ["the process ended without a word"])[-1]
+            why = (fatal or lines or ["the process ended without a message"])[-1]
             raise CannotCompile(f"compiling for {name} failed (status {worker.returncode}): {why}")
         result = json.loads(answer.read_text())
     if "error" in result:
@@ -118,21 +118,21 @@ def compiler_environment(machine: Topology) -> dict[str, str]:
     environment = dict(os.environ) | {"JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"}
     package = str(Path(__file__).resolve().parents[2])
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
-    # Only the number of devices is asked of the process: flags meant for another would be in its way.
+    # Only the number of devices is set: other XLA flags of this process could interfere.
     environment.pop("XLA_FLAGS", None)
     if machine.chip.platform == "cpu":
-        # XLA's promotion of sums in bfloat16 fails on those that a shard_map makes over some of the axes.
+        # XLA's promotion of bfloat16 sums fails for sums of a shard_map over some of the axes.
         flags = (
             f"--xla_force_host_platform_device_count={machine.devices} --xla_disable_hlo_passes=all-reduce-promotion"
         )
         return environment | {"XLA_FLAGS": flags}
-    # Nothing is run on a TPU, so that several processes may hold the library, beside one that trains.
+    # Nothing is executed on a TPU, so several processes may load the library, also beside a training process.
     environment |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_STDERR_LOG_LEVEL": "3"}
     return environment | {"TF_CPP_MIN_LOG_LEVEL": "3", "TPU_LIBRARY_PATH": str(libtpu_path())}
 
 
 def _conversation(worker: subprocess.Popen, request: str, report: Callable[[str], None]) -> str:
-    """Hand over the request, pass on what is reported, and return what went to stderr."""
+    """Send the request, pass on the reports, and return the output on stderr."""
     assert worker.stdin is not None
     assert worker.stdout is not None
     stderr: list[str] = []
@@ -153,7 +153,7 @@ def _conversation(worker: subprocess.Popen, request: str, report: Callable[[str]
 
 
 def main() -> None:
-    """The process: a request on stdin, its answer in the file that it names."""
+    """Main function of the process: reads a request from stdin, and writes the answer to the file that it names."""
     request = json.load(sys.stdin)
     try:
         result = _measured(request["tree"], request["topology"], Path(request["scratch"]))
@@ -196,7 +196,7 @@ def _measured(tree: dict[str, Any], name: str, scratch: Path) -> dict[str, Any]:
         }
         evaluation = evaluation_program(built, machine.chip.bytes)
         queue = [(result, last, built, held, one) for one in programs]
-        # What they do is no part of a step, so their phases are not kept.
+        # These programs are not part of a step, so their phases are not kept.
         others: dict[str, Any] = {"programs": result["programs"], "phases": {}}
         queue += [] if evaluation is None else [(others, last, built, held, evaluation)]
         for stage, one in earlier_stages(config):
@@ -218,7 +218,7 @@ def _measured(tree: dict[str, Any], name: str, scratch: Path) -> dict[str, Any]:
 
 
 def described_devices(machine: Topology) -> Sequence[Any]:
-    """Devices of a machine as the compiler describes them."""
+    """The compiler's descriptions of the machine's devices."""
     import jax
 
     if machine.chip.platform == "cpu":
@@ -231,15 +231,15 @@ def described_devices(machine: Topology) -> Sequence[Any]:
         ).devices
     except jax.errors.JaxRuntimeError as error:
         raise CannotCompile(
-            f"topology {machine.name!r} is not one that libtpu knows: {str(error).splitlines()[0]}; take a shape that "
-            "is offered, such as those of the accelerator types"
+            f"topology {machine.name!r} is not one that libtpu knows: {str(error).splitlines()[0]}; use an "
+            "existing shape, such as those of the accelerator types"
         ) from error
     return sorted(found, key=lambda device: (getattr(device, "slice_index", None) or 0, device.id))
 
 
 @contextmanager
 def kernels_for(device: Any) -> Iterator[None]:
-    """Kernels are lowered for this device, which they else take from those of the process."""
+    """A context in which kernels are lowered for this device instead of the process's own."""
     import jax
 
     cores = getattr(device, "num_cores", None)
@@ -249,7 +249,7 @@ def kernels_for(device: Any) -> Iterator[None]:
 
 
 def _decode_steps(config: Any, rounds: int) -> dict[str, Sequence[int]]:
-    """How often the loops of a phase run whose end depends on data, in order, when no row ends by itself."""
+    """Iterations of a phase's data-dependent loops, in order, if no row ends early."""
     from jaxrl_llm.rollout.decoding import cache_stages
 
     rollout = config.rollout
@@ -262,7 +262,8 @@ def _decode_steps(config: Any, rounds: int) -> dict[str, Sequence[int]]:
 
 
 def _compiled(lowered: Any, directory: Path, machine: Topology) -> dict[str, Any]:
-    """text, memory and seconds of a compiled program; of one that does not fit, what the compiler says it needs."""
+    """Text, memory and seconds of a compiled program; if it does not fit, the memory demand reported by the
+    compiler."""
     import jax
 
     directory.mkdir(parents=True, exist_ok=True)
@@ -301,7 +302,7 @@ def _add_program(
     held: int,
     steps: dict[str, Sequence[int]],
 ) -> None:
-    """Read a compiled program into the answer."""
+    """Add the analysis of a compiled program to the answer."""
     from jaxrl_llm.parallel import buffers
     from jaxrl_llm.planning import hlo
 
@@ -360,7 +361,7 @@ def _add_program(
 
 
 def _bytes_on_device(tree: Any) -> int:
-    """Bytes of one device's part of arrays with shardings, but for those in the memory of the host."""
+    """Bytes of one device's part of sharded arrays, without arrays in host memory."""
     import jax
 
     total = 0

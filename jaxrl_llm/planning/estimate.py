@@ -1,7 +1,7 @@
-"""What a step asks of one device, worked out from sizes alone: memory, operations, traffic, communication.
+"""Estimates from sizes of the cost of a step on one device: memory, operations, traffic, communication.
 
-It compiles nothing, so that layouts can be compared by the hundred, and serves machines whose compiler is not there.
-docs/plans.md derives the formulas and compares them with compiled programs.
+Nothing is compiled, so hundreds of layouts can be compared, also for machines without a compiler. docs/plans.md derives
+the formulas and compares them with compiled programs.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from jaxrl_llm.training.segments import is_offloaded, placed_state
 
 @dataclass
 class Estimate:
-    """Of one device.
+    """The estimate for one device.
 
     Attributes:
-      memory: phase of a step, or "evaluation" -> what takes memory in it -> bytes; all that a device holds at once.
-      costs: phase -> what the device does in it.
-      state: what takes memory all the time -> bytes.
-      offloaded: bytes of the state that wait in the memory of the device's host.
+      memory: phase of a step, or "evaluation" -> item -> bytes, of everything in memory at once.
+      costs: phase -> cost of the phase.
+      state: permanent item -> bytes.
+      offloaded: bytes of the state in host memory.
     """
 
     memory: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -47,7 +47,7 @@ class Estimate:
 
     @property
     def peak(self) -> float:
-        """Bytes in the phase that needs most."""
+        """Bytes of the phase with the largest demand."""
         return max(sum(parts.values()) for parts in self.memory.values())
 
 
@@ -59,13 +59,13 @@ def estimate(
     Args:
       config: of the run.
       model: the policy, with its specs and its config.
-      composition: of the step, for what it keeps and computes.
+      composition: of the step.
       state: the training state as shapes.
       sizes: of the mesh axes; 1 where one is missing.
       topology: the machine.
 
     Raises:
-      ValueError: where the mesh does not divide what it has to.
+      ValueError: if the mesh does not divide an axis that it must divide.
     """
     at = _Sizes(config, model, sizes, topology)
     others = {name: one.model for name, one in composition.networks.items() if one.model is not None}
@@ -115,7 +115,7 @@ def estimate(
 
 
 class _Sizes:
-    """Sizes of one device's part, by the names that formulas use. Numbers of parameters are counts, not bytes."""
+    """Sizes of one device's part, by the names in the formulas. Numbers of parameters are counts, not bytes."""
 
     def __init__(self, config: Config, model: Any, sizes: Mapping[str, int], topology: Topology):
         c = model.config
@@ -133,7 +133,7 @@ class _Sizes:
         self.beside = 0.0 if c.experts is None else (c.experts.shared_width or 0) / self.mlp
         self.prompt, self.completion = config.rollout.max_prompt_tokens, config.rollout.max_completion_tokens
         self.tokens = self.prompt + self.completion
-        # Where no kernel serves a model, scores of attention are held: before and after the softmax, in float32.
+        # Without a kernel, attention scores are materialised before and after the softmax, in float32.
         self.tokens_squared = self.tokens * self.tokens / self.sequence
         training = config.training
         prompts = training.prompts_per_step
@@ -151,18 +151,18 @@ class _Sizes:
         self.cache_bytes = (held.token * self.completion + held.window + held.row) * self.decoded + of_prompts
         self.recurrent = sum(c.recurrent)
         self.attending = c.layers - self.recurrent
-        # Of a token in a recurrent layer: the state decays, is asked twice, and takes an outer product.
+        # Per token of a recurrent layer: decay of the state, two reads, and an outer product.
         self.state_flops = 0 if c.delta is None else 7 * c.delta.value_heads * c.delta.key_width * c.delta.value_width
-        # Of a cache that grows, a step reads what there is of it.
+        # A decoding step reads the current size of a growing cache.
         stages = (self.completion,) if config.rollout.slots else cache_stages(self.completion)
         self.grown = sum(stages[:-1])
         reads = sum(room * sum(stages[: place + 1]) for place, room in enumerate(stages)) / self.completion
-        # What is there whatever the length of a row is written, too.
+        # The parts of a fixed size are also written.
         self.cache_bytes_read = (held.token * reads + held.window + 2 * held.row) * self.decoded + of_prompts
         leaves = jax.tree.leaves(model.specs, is_leaf=lambda leaf: isinstance(leaf, ParameterSpec))
         blocks = [leaf for leaf in leaves if "layer" in leaf.axes]
         whole = {name: () if name == "embed" else axes for name, axes in self.rules.items()}
-        # What a device gathers to compute with, and what it keeps of it.
+        # Gathered parameters of a device, and its own part of them.
         self.one_layer = sum(self._held(leaf, whole) for leaf in blocks) / c.layers
         self.one_layer_kept = sum(self._held(leaf, self.rules) for leaf in blocks) / c.layers
         tables = [leaf for leaf in leaves if "vocabulary" in leaf.axes]
@@ -212,7 +212,7 @@ class _Sizes:
 
 
 def _state_bytes(config: Config, models: Mapping[str, Any], state: Any, at: _Sizes) -> tuple[dict[str, float], float]:
-    """Bytes of each part of the state that lies on a device, and of what waits in the memory of its host.
+    """Bytes of each part of the state on a device, and bytes in host memory.
 
     Args:
       config, state, at: of the run.
@@ -238,7 +238,7 @@ def _state_bytes(config: Config, models: Mapping[str, Any], state: Any, at: _Siz
 
 
 def _part(path: Any) -> str:
-    """What people call the part of the state that an array belongs to."""
+    """The readable name of the part of the state that an array belongs to."""
     names = [str(getattr(part, "key", getattr(part, "name", part))) for part in path[:3]]
     if names[0] != "networks":
         return names[0]
@@ -248,7 +248,7 @@ def _part(path: Any) -> str:
 
 
 def _weights(model: Any, at: _Sizes, rules: Rules) -> float:
-    """Bytes of the parameters as sampling reads them."""
+    """Bytes of the parameters in the sharding and dtype of sampling."""
     leaves = jax.tree.leaves(model.specs, is_leaf=lambda leaf: isinstance(leaf, ParameterSpec))
     return sum(at._held(leaf, rules) for leaf in leaves) * at.compute
 
@@ -258,7 +258,7 @@ def _costs(config: Config, composition: Any, at: _Sizes, weights: float) -> dict
     passes = config.training.epochs_per_batch
     scored = at.sequences * at.tokens
     table = at.vocabulary * at.width
-    # Two operations a parameter and token; causal attention looks at half of the tokens, on average.
+    # Two operations per parameter and token; causal attention reads half of the tokens on average.
     states = at.recurrent * at.state_flops
     per_token = 2 * at.active + states + 2 * at.attending * at.tokens * at.heads
     forward = (scored * per_token + 2 * at.sequences * at.completion * table) / devices
@@ -288,13 +288,13 @@ def _costs(config: Config, composition: Any, at: _Sizes, weights: float) -> dict
 
 
 def _communication(config: Config, at: _Sizes, costs: dict[str, Cost], weights: float) -> None:
-    """Bytes that a device sends. A ring sends (n - 1) / n of what is gathered or scattered, twice of what is summed."""
+    """Bytes sent by a device. A ring sends (n - 1) / n of a gathered or scattered array, twice as much for a sum."""
     sharers = at.devices("fsdp", "expert", "sequence")
     replicas = at.devices("slice", "data")
     tensor, sequence, expert = at.tensor, at.sequence, at.mesh.shape["expert"]
     layers, pieces = at.layers, at.microbatches
     passes = config.training.epochs_per_batch
-    # Moved to compute with a layer: what is gathered less what is there already.
+    # Moved for a layer: the gathered size minus the local part.
     gathered = (at.one_layer - at.one_layer_kept) * at.compute
     tables = (at.table - at.table_kept) * at.compute
     slopes = (at.one_layer - at.one_layer_kept) * at.stored
@@ -311,10 +311,10 @@ def _communication(config: Config, at: _Sizes, costs: dict[str, Cost], weights: 
     recomputed = 0 if config.training.remat in ("none", "dots", "offload_dots") else 1
     for phase, forwards, count in (("reference", 1, pieces), ("update", 1 + recomputed, pieces * passes)):
         backward = phase == "update"
-        # Every product gathers its matrix: forwards, where it is computed again, and for the gradient of its input.
+        # Every product gathers its matrix in the forward pass, the recomputation, and the gradient of its input.
         add(phase, "all-gather", count * layers * gathered * (forwards + backward), sharers)
         add(phase, "all-gather", count * 2 * tables, sharers)
-        # Two sums a layer over `tensor`, in either direction; what is computed again needs one of them.
+        # Two sums per layer over `tensor` in the forward and in the backward pass; the recomputation needs one of them.
         times = 2 + (2 + recomputed if backward else 0)
         add(phase, "all-reduce", count * layers * times * summed, tensor)
         add(phase, "all-gather", count * layers * exchanged * forwards, expert)
@@ -323,7 +323,7 @@ def _communication(config: Config, at: _Sizes, costs: dict[str, Cost], weights: 
         add(phase, "all-reduce", count * summed, tensor)
         if backward:
             add(phase, "reduce-scatter", count * layers * slopes, sharers)
-            # The tables' gradients are summed behind the loop over chunks.
+            # The gradients of the tables are summed after the loop over chunks.
             add(phase, "all-reduce", count * 2 * 2 * (at.table - at.table_kept) * at.stored, sharers)
             add(phase, "reduce-scatter", count * layers * keys, sequence)
     if replicas > 1:

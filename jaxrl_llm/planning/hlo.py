@@ -1,6 +1,6 @@
-"""What a compiled program does, read from its text: operations, memory traffic and communication of one device.
+"""Analysis of the text of a compiled program: operations, memory traffic and communication of one device.
 
-XLA's own cost model counts the body of a loop once. Here it counts as often as it runs.
+XLA's own cost model counts the body of a loop once; here it is multiplied by its iterations.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from jaxrl_llm.planning.instruction_costs import flops, sent_bytes, traffic
 from jaxrl_llm.planning.program_text import COLLECTIVES, Instruction, Program, branches, channel, fed
 
-# What moves nothing: other names for what is there, constants, and the calls whose insides are counted.
+# Instructions without memory traffic: aliases, constants, and calls whose bodies are counted.
 _FREE = frozenset(
     [
         *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "iota"),
@@ -24,14 +24,14 @@ _FREE = frozenset(
 
 @dataclass
 class Cost:
-    """What one device does.
+    """The cost on one device.
 
     Attributes:
       flops: operations of matrix products and attention kernels.
       bytes: read from and written to the large memory.
       collectives: bytes that the device sends, by kind of collective.
       seconds_on_network: for all of them, one after the other.
-      kernels: names of custom kernels and how often they run.
+      kernels: names of custom kernels with their numbers of runs.
     """
 
     flops: float = 0.0
@@ -48,15 +48,15 @@ def costs(
     steps: Mapping[str, Sequence[int]] | None = None,
     network: Callable[[Sequence[Sequence[int]]], float] | None = None,
 ) -> tuple[dict[str, Cost], dict[str, str]]:
-    """(what each phase of a program costs one device, phase of each instruction by name).
+    """(cost of each phase of a program on one device, phase of each instruction by name).
 
     Args:
       program: parsed.
       phases: names of scopes; an instruction belongs to the first of them in the path of its origin, or to the phase of
-        its caller. All else is "other".
-      steps: how often the loops of a phase run whose end depends on data, in order; the last number is that of all
-        further ones. 1 where a phase is not named.
-      network: groups of devices -> bytes a second that each can send.
+        its caller. All others belong to "other".
+      steps: iterations of the data-dependent loops of a phase, in order; the last number applies to all further loops.
+        Default 1.
+      network: groups of devices -> bytes per second that each can send.
     """
     result: dict[str, Cost] = defaultdict(Cost)
     belongs: dict[str, str] = {}
@@ -71,7 +71,7 @@ def costs(
         return next((name for name in phases if name in path), None)
 
     def all_inside(computation: str) -> set[str]:
-        """Phases of everything that a loop runs."""
+        """Phases of all instructions inside a loop."""
         found = set()
         for one in program.computations.get(computation, ()):
             if (name := named(one)) is not None:
@@ -104,7 +104,7 @@ def costs(
 
 
 def add_cost(total: Cost, program: Program, computation: str, one: Instruction, factor: float, network) -> None:
-    """What one instruction costs, everything that is fused into it included."""
+    """Add the cost of one instruction, including instructions fused into it."""
     for each, names, body in _with_fused(program, computation, one):
         total.flops += factor * flops(each, names)
         kind = each.op.removesuffix("-start")

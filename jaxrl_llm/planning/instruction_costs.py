@@ -1,4 +1,4 @@
-"""What one instruction of a compiled program computes, reads, writes and sends."""
+"""Operations, memory traffic and communication of one instruction of a compiled program."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jaxrl_llm.planning.program_text import Instruction, Program, Shape, paramet
 
 
 def _groups(one: Instruction, devices: int) -> list[list[int]]:
-    """Which devices exchange data among themselves."""
+    """The groups of devices of a collective."""
     if one.op.startswith("collective-permute"):
         return [list(map(int, pair)) for pair in re.findall(r"\{(\d+),(\d+)\}", one.attributes)]
     if found := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", one.attributes):
@@ -49,7 +49,7 @@ def _along_axes(mesh: str, along: str) -> list[list[int]]:
 
 
 def sent_bytes(one: Instruction, devices: int) -> tuple[float, list[list[int]]]:
-    """Bytes that a device sends in a ring, and the groups."""
+    """Bytes sent by a device in a ring, and the groups."""
     groups = _groups(one, devices)
     kind, count = one.op.removesuffix("-start"), max(map(len, groups), default=1)
     started = one.op.endswith("-start")
@@ -129,13 +129,13 @@ def _convolution(one: Instruction, scope: Mapping[str, Instruction]) -> float:
 
 
 def _pairs(out: int, size: int, length: int, stride: int, low: int, dilate: int, spread: int) -> int:
-    """How many pairs of an output and a place in the window meet an element of the input."""
+    """Number of pairs of an output and a window position that fall on an element of the input."""
     at = np.arange(out)[:, None] * stride - low + np.arange(size)[None, :] * spread
     return int(((at >= 0) & (at % dilate == 0) & (at // dilate < length)).sum())
 
 
 def _attention(one: Instruction) -> float:
-    """Of a splash attention kernel: half of its products, as attention is causal."""
+    """Operations of a splash attention kernel: half of the full products, as attention is causal."""
     kind = re.search(r"splash_m[hq]a_(fwd|dq|dkv)", one.origin)
     operands = re.search(r"operand_layout_constraints=\{(.*?)\}, \w+=", one.attributes)
     if kind is None or operands is None:
@@ -149,7 +149,7 @@ def _attention(one: Instruction) -> float:
 
 
 def traffic(program: Program, names: Mapping[str, Instruction], one: Instruction) -> float:
-    """Bytes read and written, of what lies in the large memory; a slice of an array counts as the slice."""
+    """Bytes read from and written to the large memory; for a slice of an array, the size of the slice."""
     if one.op in ("copy-start", "async-start", "slice-start"):
         moved = [shape for shape in one.shapes if shape.sizes]
         smallest = min((shape.bytes for shape in moved), default=0.0)
@@ -176,7 +176,7 @@ def traffic(program: Program, names: Mapping[str, Instruction], one: Instruction
 
 
 def _read(program: Program, computation: str, number: int) -> float:
-    """Bytes that a fused computation reads of a parameter; infinity for all of it."""
+    """Bytes of a parameter that a fused computation reads; infinity for the whole parameter."""
     body = program.computations[computation]
     users: dict[str, list[Instruction]] = defaultdict(list)
     for each in body:

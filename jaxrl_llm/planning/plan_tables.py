@@ -1,4 +1,4 @@
-"""A plan as tables for people."""
+"""Tables of a plan."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from jaxrl_llm.planning.topologies import GIB
 
 
 def tables(result: Mapping[str, Any]) -> list[tuple[str, Sequence[dict[str, str]]]]:
-    """(title, rows) for people."""
+    """(title, rows) of each table."""
     size = lambda number: f"{number / GIB:.2f} GiB"  # noqa: E731
     phases = [
         {
@@ -29,7 +29,7 @@ def tables(result: Mapping[str, Any]) -> list[tuple[str, Sequence[dict[str, str]
     ]
     title = (
         f"{result['config']} on {result['topology']} ({result['machine']}), mesh {written_mesh(result['mesh'])}: "
-        f"{result['method']}; of each device, for one step; memory: the most that is in use at once in a phase"
+        f"{result['method']}; of each device, for one step; memory: peak of the phase"
     )
     shown: list[tuple[str, Sequence[dict[str, str]]]] = []
     if result["layouts"]:
@@ -52,7 +52,7 @@ def tables(result: Mapping[str, Any]) -> list[tuple[str, Sequence[dict[str, str]
     if result["programs"]:
         shown.append(
             (
-                f"programs, as each is reserved: all phases, with gaps; a device has {size(result['device_bytes'])}",
+                f"memory reserved by each program, fragmentation included; of {size(result['device_bytes'])}",
                 [
                     {
                         "program": each["program"],
@@ -71,7 +71,7 @@ def tables(result: Mapping[str, Any]) -> list[tuple[str, Sequence[dict[str, str]
     fullest = max(result["phases"], key=lambda each: each["memory_bytes"])
     shown.append(
         (
-            f"what takes most memory in {fullest['phase']}",
+            f"largest memory items in {fullest['phase']}",
             [
                 {
                     "size": size(each["bytes"]),
@@ -85,7 +85,7 @@ def tables(result: Mapping[str, Any]) -> list[tuple[str, Sequence[dict[str, str]
     if result["suggestions"]:
         shown.append(
             (
-                "would make it fit, by estimates" if result["suggestions"][0]["fits"] else "would help",
+                "changes that would make it fit, by estimates" if result["suggestions"][0]["fits"] else "would help",
                 [{"change": each["change"], "memory": size(each["memory_bytes"])} for each in result["suggestions"]],
             )
         )
@@ -98,7 +98,7 @@ def _compiled_in(program: Mapping[str, Any]) -> str:
 
 
 def _besides(result: Mapping[str, Any]) -> list[dict[str, str]]:
-    """What a run needs beside its devices, and how long a token takes."""
+    """Needs of a run beside its devices, and the time of a token."""
     checkpoint, host, token = result["checkpoint"], result["host"], result["token_seconds"]
     has = f" of {host['has_bytes'] / GIB:.0f}" if host["has_bytes"] else ""
     parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in host["memory"].items())
@@ -121,6 +121,6 @@ def _besides(result: Mapping[str, Any]) -> list[dict[str, str]]:
 
 
 def _short(origin: str) -> str:
-    """The path of an instruction without what every path has in it."""
+    """The path of an instruction without the common parts."""
     left_out = {"while", "body", "closed_call", "checkpoint"}
     return "/".join(part for part in origin.split("/")[1:] if part not in left_out)

@@ -1,4 +1,4 @@
-"""What is known of a config without the machine that it is planned for."""
+"""The machine-independent part of a plan."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from jaxrl_llm.training.networks import POLICY
 
 @dataclass(frozen=True)
 class Planned:
-    """What is known of a config without a machine.
+    """The machine-independent part of a plan.
 
     Attributes:
       config: of the run.
-      machine: it is planned for.
+      machine: the machine of the plan.
       parts: of the config, composed for one device.
       state: as shapes.
       earlier: the stages before the last one, by name.
@@ -49,7 +49,7 @@ class Planned:
     def estimated(self, sizes: Mapping[str, int], config: Config | None = None) -> Estimate:
         """Memory and work on a mesh of these sizes; of earlier stages their memory."""
         c, config = self.parts.step.composition, config or self.config
-        if c.rollout is None and c.written is not None:  # rows come as they are
+        if c.rollout is None and c.written is not None:  # rows are padded, not packed
             rollout, training = replace(config.rollout, samples_per_prompt=1), config.training
             training = replace(training, prompts_per_step=c.written.rows)
             config = replace(config, rollout=rollout, training=training)
@@ -62,7 +62,7 @@ class Planned:
 
     @property
     def written_bytes(self) -> int:
-        """Of a checkpoint."""
+        """Bytes of a checkpoint."""
         networks = written_networks(self.parts, self.state)
         if (trained := self.model.trained) is not None:
             policy = networks[POLICY]
@@ -71,17 +71,19 @@ class Planned:
 
 
 def planned(config: Config, machine: Topology) -> Planned:
-    """What a config asks for, before there are devices.
+    """Compose a config for planning, without devices.
 
     Raises:
-      ValueError: for a config that cannot be composed, or a model that does not describe its parameters.
+      ValueError: for a config that cannot be composed, or a model without parameter specs.
     """
 
     def one(config: Config, like: Parts | None = None, **more: Any) -> Planned:
         plain = replace(config, mesh=MeshConfig(), training=replace(config.training, offload=()))
         built = parts(plain, Target(jax.local_devices(backend="cpu")[:1], int(machine.chip.bytes)), like)
         if built.model.specs is None:
-            raise ValueError("the model has no specs, so that nothing is known of its parameters; give it some to plan")
+            raise ValueError(
+                "the model has no specs, so the sizes of its parameters are unknown; add specs for planning"
+            )
         return Planned(config, machine, built, abstract_inputs(built)[0], **more)
 
     with planned_for(machine.chip.platform):
@@ -90,7 +92,7 @@ def planned(config: Config, machine: Topology) -> Planned:
 
 
 def mesh_sizes(plan: Planned) -> tuple[dict[str, int], str]:
-    """(sizes of the mesh axes, why): those of the config, or what `mesh: auto` takes on the machine.
+    """(sizes of the mesh axes, reason): those of the config, or the choice of `mesh: auto` for the machine.
 
     Raises:
       ValueError: for sizes that do not multiply to the number of devices, or that the machine cannot place.
@@ -111,12 +113,12 @@ def mesh_sizes(plan: Planned) -> tuple[dict[str, int], str]:
 
 
 def require_place(plan: Planned, sizes: Mapping[str, int]) -> None:
-    """Raise ValueError where the devices of a TPU cannot be a mesh of these sizes."""
+    """Raise ValueError if the devices of a TPU cannot form a mesh of these sizes."""
     if plan.machine.chip.platform == "tpu":
         placed_devices(plan.machine.described_devices()[: plan.config.mesh.devices], sizes)
 
 
 def written_mesh(sizes: Mapping[str, int]) -> str:
-    """Sizes as section mesh of a config has them."""
+    """Sizes in the form of section mesh of a config."""
     fields = {("slices" if axis == "slice" else axis): size for axis, size in sizes.items()}
     return "{" + ", ".join(f"{axis}: {size}" for axis, size in fields.items()) + "}"

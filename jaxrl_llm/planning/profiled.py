@@ -1,7 +1,7 @@
-"""Where the time of traced steps went: seconds, operations and memory traffic of each phase, beside the machine's most.
+"""Profile of traced steps: seconds, operations and memory traffic of each phase, relative to the machine's maxima.
 
-A trace says which instruction of a compiled program ran when. Its work is read from the program's text and counted each
-time that it ran, so loops whose end depends on data are counted as they were.
+A trace has the times of each instruction of a compiled program. Its work is computed from the program's text and
+counted for each run, so data-dependent loops are counted correctly.
 """
 
 from __future__ import annotations
@@ -21,20 +21,21 @@ from jaxrl_llm.planning.hlo import Cost, Program, add_cost, costs
 from jaxrl_llm.run.explain import programs_with_inputs
 from jaxrl_llm.run.setup import Parts
 
-# Instructions whose events hold those of others.
+# Instructions whose events contain those of others.
 _AROUND = frozenset({"while", "conditional", "call"})
 
 
 def phase_table(texts: Sequence[str], events: Mapping[tuple[str, str], tuple[int, float]], steps: int) -> list[dict]:
-    """What each phase took and did in a step.
+    """Time and work of each phase of a step.
 
     Args:
       texts: compiled programs.
-      events: (module, instruction) -> (times that it ran, seconds in all).
+      events: (module, instruction) -> (number of runs, total seconds).
       steps: that were traced.
 
     Returns:
-      One row a phase, the longest first: phase, seconds, flops and bytes a step; `other` is what no phase names.
+      One row per phase, the longest first: phase, seconds, flops and bytes per step; `other` has all other
+      instructions.
     """
     rows: dict[str, dict[str, float]] = defaultdict(lambda: {"seconds": 0.0, "flops": 0.0, "bytes": 0.0})
     for text in texts:
@@ -55,7 +56,7 @@ def phase_table(texts: Sequence[str], events: Mapping[tuple[str, str], tuple[int
 
 
 def traced_events(directory: Path) -> dict[tuple[str, str], tuple[int, float]]:
-    """(module, instruction) -> (times that it ran, seconds in all), of the newest trace, over all devices.
+    """(module, instruction) -> (number of runs, total seconds) of the newest trace, over all devices.
 
     Raises:
       ValueError: where there is no trace.
@@ -80,14 +81,14 @@ def _executions(trace: Any) -> Iterator[tuple[tuple[str, str], float]]:
 
 
 def ceilings(dtype: str = "float32", *, size: int = 1024, repeats: int = 5) -> dict[str, float]:
-    """The most that this machine was seen to do: operations a second of a product, bytes a second of a sum.
+    """Measured maxima of this machine: operations per second of a product, bytes per second of a sum.
 
     Args:
       dtype: of the product.
       size: rows and columns of its factors.
-      repeats: the fastest of so many counts.
+      repeats: number of repetitions, of which the fastest counts.
     """
-    # In place, or a new array would be mapped each time.
+    # In place, since a new array would need new memory pages each time.
     product, added = (jax.jit(f, donate_argnums=0) for f in (lambda x: x @ x / size, lambda x: x + 1.0))
 
     def fastest(function: Any, value: Any) -> float:
@@ -107,12 +108,12 @@ def profile(built: Parts, directory: Path, steps: int) -> dict[str, Any]:
     """The table of a traced run: phases with their shares of the measured ceilings.
 
     Args:
-      built: the parts of the stage that was traced.
+      built: the parts of the traced stage.
       directory: of the trace.
       steps: that were traced.
 
     Returns:
-      `ceilings` and `phases`; a phase has phase, seconds, share, flops and bytes a second, and their shares of the
+      `ceilings` and `phases`; a phase has phase, seconds, share, flops and bytes per second, and their shares of the
       ceilings.
     """
     texts = [program.lower(*given).compile().as_text() for _, program, given in programs_with_inputs(built)]

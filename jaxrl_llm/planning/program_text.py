@@ -1,4 +1,4 @@
-"""A compiled program, read from its text: computations, instructions, and how often loops run."""
+"""Parser of the text of a compiled program: computations, instructions, and iterations of loops."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Shape(NamedTuple):
 
     @property
     def bytes(self) -> float:
-        """In memory, without what tiles are padded with."""
+        """Size in bytes, without the padding of tiles."""
         bits = _BITS.get(self.dtype)
         if bits is None:
             digits = re.search(r"\d+", self.dtype)
@@ -47,12 +47,12 @@ class Instruction:
 
     @cached_property
     def origin(self) -> str:
-        """Path of names under which the program made it."""
+        """Path of name scopes of its origin."""
         found = re.search(r'op_name="([^"]*)"', self.attributes)
         return found[1] if found else ""
 
     def called(self, key: str) -> str | None:
-        """The computation that an attribute names."""
+        """The computation named by an attribute."""
         found = re.search(rf"\b{key}=%?([\w.\-]+)", self.attributes)
         return found[1] if found else None
 
@@ -90,7 +90,7 @@ class Program:
         return {name: {one.name: one for one in body} for name, body in self.computations.items()}
 
     def trips(self, loop: Instruction) -> int | None:
-        """How often a loop runs; None where that depends on data. Loops count up from 0."""
+        """Iterations of a loop; None if they depend on data. Loops count up from 0."""
         if found := re.search(r'known_trip_count":?\{"n":"(\d+)"', loop.attributes):
             return int(found[1])
         condition, body = loop.called("condition") or "", loop.called("body") or ""
@@ -108,7 +108,7 @@ class Program:
         return -(-end // step) if step else None
 
     def _increase(self, computation: str, name: str, place: int | None, given: Sequence[int | None] = ()) -> int | None:
-        """By how much a counter grows in one turn of a loop."""
+        """Increment of a counter in one iteration of a loop."""
         one = self.names[computation].get(name)
         if one is None:
             return None
@@ -138,7 +138,7 @@ def _instruction(line: str) -> Instruction | None:
     if opened < 0:
         return None
     closed = _closing(rest, opened)
-    # The value of a constant stands where operands do.
+    # The value of a constant is in the place of operands.
     inner, op = rest[opened + 1 : closed], rest[:opened]
     after = rest[closed + 1 :] if op not in ("constant", "parameter") else rest[: closed + 1]
     return Instruction(
@@ -159,7 +159,7 @@ def _closing(text: str, start: int) -> int:
 
 
 def shapes_in(text: str) -> tuple[Shape, ...]:
-    """The arrays that a type names."""
+    """The arrays in a type."""
     found = []
     for dtype, sizes, arrangement in _ARRAY.findall(text):
         space = re.search(r"S\((\d+)\)", arrangement)
@@ -169,7 +169,7 @@ def shapes_in(text: str) -> tuple[Shape, ...]:
 
 
 def branches(one: Instruction) -> list[str]:
-    """The computations that a conditional chooses among."""
+    """The branch computations of a conditional."""
     if found := re.search(r"branch_computations=\{([^}]*)\}", one.attributes):
         return _OPERAND.findall(found[1]) or [name.strip() for name in found[1].split(",")]
     return [name for key in ("true_computation", "false_computation") if (name := one.called(key))]
@@ -186,13 +186,13 @@ def _index(one: Instruction) -> int | None:
 
 
 def channel(one: Instruction) -> str | None:
-    """What a collective and its other half have in common."""
+    """The channel shared by the start and the end of a collective."""
     found = re.search(r"channel_id=(\d+)", one.attributes)
     return found[1] if found else None
 
 
 def fed(body: Sequence[Instruction], target: str) -> set[str]:
-    """What custom calls of this target read."""
+    """The operands of custom calls of this target."""
     return {name for one in body if f'"{target}"' in one.attributes for name in one.operands}
 
 

@@ -1,4 +1,4 @@
-"""A plan: whether a run fits a machine that need not be there, where its time goes, and what would make it fit."""
+"""A plan: memory and time of a run on a machine that need not be present, and changes that would make it fit."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from jaxrl_llm.planning.suggestions import suggestions
 from jaxrl_llm.planning.topologies import GIB, Topology, topology
 from jaxrl_llm.run.machine import demand
 
-STORAGE_BYTES = 1e9  # a second that a host writes to a bucket: a round number
+STORAGE_BYTES = 1e9  # bytes per second that a host writes to a bucket: a round number
 
 
 def plan(
@@ -30,17 +30,17 @@ def plan(
     """Plan a run.
 
     Args:
-      config: of the run; of its model, config.json is enough.
+      config: of the run; for its model, config.json suffices.
       name: of the topology.
-      compile_programs: ahead of time, where there is a compiler for the machine; else everything is estimated.
+      compile_programs: compile ahead of time if there is a compiler for the machine; otherwise everything is estimated.
       search: try mesh layouts first, and plan the best of them.
-      report: is given lines on what is going on.
+      report: called with progress messages.
 
     Returns:
-      plain data: topology, mesh, how it was found out, phases, programs, fits, suggestions, layouts, versions.
+      Plain data: topology, mesh, method, phases, programs, fits, suggestions, layouts, versions.
 
     Raises:
-      ValueError: for a topology that nobody knows, or a config that cannot be composed on it.
+      ValueError: for an unknown topology, or a config that cannot be composed on it.
     """
     machine = topology(name)
     known = planned(config, machine)
@@ -63,13 +63,13 @@ def plan(
         "versions": ahead.versions(),
         "layouts": layouts,
     }
-    why_not = ahead.can_compile(machine) if compile_programs else "asked for without compiling: an estimate from sizes"
+    why_not = ahead.can_compile(machine) if compile_programs else "not compiled, as requested: an estimate from sizes"
     measured = None
     if why_not is None:
         try:
             measured = ahead.compiled(as_tree(config), name, report=report)
         except ahead.CannotCompile as error:
-            why_not = f"{error}; what follows is an estimate from sizes"
+            why_not = f"{error}; the following is an estimate from sizes"
     result |= {"method": "estimated" if measured is None else "compiled", "note": why_not or ""}
     result |= _from_estimate(guess, machine) if measured is None else _from_compiler(measured, machine)
     result["estimate"] = {
@@ -86,14 +86,14 @@ def plan(
 
 
 def refusal(result: Mapping[str, Any]) -> str | None:
-    """What to say of a plan that does not fit: the numbers, and a way out."""
+    """The message for a plan that does not fit, with numbers and a remedy; None if it fits."""
     if result["fits"]:
         return None
     host = result["host"]
     if not host["fits"]:
         return (
             f"the plan does not fit: a host of {result['topology']} needs {host['memory_bytes'] / GIB:.1f} GiB of "
-            f"memory of its own and has {host['has_bytes'] / GIB:.1f}; keep less in it (training.offload), or take "
+            f"memory of its own and has {host['has_bytes'] / GIB:.1f}; offload less to it (training.offload), or use "
             "more hosts"
         )
     needs, has = result["memory_bytes"] / GIB, result["device_bytes"] / GIB
@@ -152,12 +152,12 @@ def _from_estimate(guess: Estimate, machine: Topology) -> dict[str, Any]:
 
 
 def _beside(plan: Planned, guess: Estimate, phases: list[dict[str, Any]]) -> dict[str, Any]:
-    """What a run needs besides its devices: checkpoints, the hosts' memory; and how long a token takes.
+    """Needs of a run besides its devices: checkpoints and host memory; and the time of a token.
 
     Returns:
-      token_seconds: of decoding, for all completions that are decoded together; None where nothing is.
-      checkpoint: bytes, those of a host, and seconds at `STORAGE_BYTES` a second of each host, which all write.
-      host: what takes memory of a host -> bytes at most, their sum, what it has (0: not known), and whether it fits.
+      token_seconds: of one decoding step of all completions; None without decoding.
+      checkpoint: bytes, bytes per host, and seconds at `STORAGE_BYTES` per second and host.
+      host: item -> largest bytes in host memory, their sum, the host's memory (0: unknown), and whether it fits.
     """
     config, machine = plan.config, plan.machine
     hosts = max(1, (config.mesh.devices or machine.devices) // machine.devices_in_host)
@@ -199,13 +199,13 @@ def _from_compiler(measured: Mapping[str, Any], machine: Topology) -> dict[str, 
 
 
 def _fields(sizes: Mapping[str, int], asked: MeshConfig) -> dict[str, Any]:
-    """Fields of section mesh that say these sizes."""
+    """Keys of section mesh for these sizes."""
     names = {axis: "slices" if axis == "slice" else axis for axis in AXES}
     return {field: sizes.get(axis) for axis, field in names.items()} | {"devices": asked.devices}
 
 
 def layouts(plan: Planned) -> Iterator[dict[str, int]]:
-    """Mesh sizes that multiply to the devices of the machine and divide what they have to."""
+    """Mesh sizes whose product is the number of devices and that divide the axes that they must divide."""
     machine, needed = plan.machine, demand(plan.config, plan.model)
     count = (plan.config.mesh.devices or machine.devices) // machine.slices
     for tensor in _divisors(count):
@@ -224,9 +224,9 @@ def layouts(plan: Planned) -> Iterator[dict[str, int]]:
 
 
 def ranked_layouts(plan: Planned, *, count: int = 12) -> list[dict[str, Any]]:
-    """Mesh layouts by what they are estimated to take: those that fit first, the fastest first among them.
+    """Mesh layouts ranked by estimates: fitting ones first, then by speed.
 
-    A layout on which devices have rows to spare is not one: its rows divide into whole ones for every device.
+    Only layouts with whole rows on every device are considered.
     """
     machine, rows = plan.machine, demand(plan.config, plan.model).rows
     found = []

@@ -13,12 +13,12 @@ from jaxrl_llm.run.machine import demand
 
 
 def suggestions(plan: Planned, sizes: Mapping[str, int], needs: float) -> list[dict[str, Any]]:
-    """Changes that would make a plan fit, the smallest first: one alone, or where none is enough, several together.
+    """Changes that would make a plan fit, the smallest first: single ones, or if none suffices, several together.
 
     Args:
-      plan: that does not fit.
+      plan: a plan that does not fit.
       sizes: of its mesh.
-      needs: bytes that a device needs; estimates say by how much a change lowers it.
+      needs: bytes that a device needs; the effect of a change is estimated.
     """
     before, room = plan.estimated(sizes).peak, plan.machine.chip.bytes
     tried = []
@@ -29,7 +29,7 @@ def suggestions(plan: Planned, sizes: Mapping[str, int], needs: float) -> list[d
     alone = [each for each in tried if each["fits"]]
     if alone:
         return alone
-    # Together, in the order in which they cost least.
+    # Together, the cheapest first.
     config, chosen, texts, least = plan.config, dict(sizes), [], needs
     for _ in range(12):
         better = None
@@ -48,7 +48,7 @@ def suggestions(plan: Planned, sizes: Mapping[str, int], needs: float) -> list[d
 
 
 def _needs_after(plan: Planned, config: Config, sizes: Mapping[str, int], before: float, needs: float) -> float | None:
-    """Bytes a device needs after a change, by how the estimate changes; None where the change cannot be."""
+    """Bytes that a device needs after a change, scaled by the estimates; None for an impossible change."""
     try:
         require_place(plan, sizes)
         known = plan if config is plan.config else planned(config, plan.machine)
@@ -58,7 +58,7 @@ def _needs_after(plan: Planned, config: Config, sizes: Mapping[str, int], before
 
 
 def _changes(config: Config, plan: Planned, sizes: Mapping[str, int]) -> Iterator[tuple[str, Config, dict[str, int]]]:
-    """Single changes from the cheapest on: (what to write, the config with it, the mesh with it)."""
+    """Single changes, the cheapest first: (text of the change, changed config, changed mesh)."""
     training, rollout = config.training, config.rollout
     now = dict(sizes)
     if config.evaluation.sequences_per_batch is not None:

@@ -1,4 +1,4 @@
-"""Machines by name: how many devices they have, what one device can hold and do, and how they are connected."""
+"""Machines by name: number, memory and speed of their devices, and their network."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ class Chip:
 
     Attributes:
       name: of the type.
-      bytes: memory that a program may use; of TPUs what their compiler allows.
-      flops: bfloat16 operations a second.
-      bandwidth: bytes a second of that memory.
-      link: bytes a second that one link of the fast network carries in one direction.
-      dimensions: of the torus that the links form; 0 where a switch connects all devices of a host.
-      wraps: a ring is closed along a dimension whose size is a multiple of this.
-      slow: bytes a second of a device's share of the network between slices or hosts, in one direction.
-      cores: devices in one chip.
-      platform: that compiles for it.
-      host_bytes: memory of the machine that four chips are in; 0 where it is not known.
-      kind: of its devices, as jax names it.
+      bytes: memory that a program may use; for TPUs the limit of their compiler.
+      flops: bfloat16 operations per second.
+      bandwidth: bytes per second of that memory.
+      link: bytes per second of one link of the fast network in one direction.
+      dimensions: dimensions of the torus; 0 if a switch connects all devices of a host.
+      wraps: a dimension whose size is a multiple of this is closed to a ring.
+      slow: bytes per second of a device's share of the network between slices or hosts, in one direction.
+      cores: devices per chip.
+      platform: platform of its compiler.
+      host_bytes: host memory of a machine with four chips; 0 if unknown.
+      kind: jax's device kind.
     """
 
     name: str
@@ -79,8 +79,8 @@ class Topology:
     """Devices of a machine.
 
     Attributes:
-      name: as it was asked for.
-      chip: what one device is.
+      name: the given name.
+      chip: the kind of device.
       shape: chips along each dimension of one slice; of GPUs those of one host.
       slices: TPU slices, or hosts of GPUs.
     """
@@ -92,27 +92,27 @@ class Topology:
 
     @property
     def devices(self) -> int:
-        """Devices that a program sees."""
+        """Number of devices."""
         return self.slices * self.devices_in_slice
 
     @property
     def devices_in_slice(self) -> int:
-        """Of them, in one slice or host."""
+        """Number of devices in one slice or host."""
         return math.prod(self.shape) * self.chip.cores
 
     @property
     def devices_in_host(self) -> int:
-        """Devices that one machine has: of TPUs at most four chips."""
+        """Number of devices of one machine: for TPUs at most four chips."""
         return min(self.devices_in_slice, 4 * self.chip.cores) if self.chip.platform == "tpu" else self.devices_in_slice
 
     @property
     def compiler_name(self) -> str:
-        """The slice as libtpu names it."""
+        """libtpu's name of the slice."""
         return f"{self.chip.name}:{'x'.join(map(str, self.shape))}"
 
     @property
     def compiler_options(self) -> dict:
-        """What libtpu wants to know besides the name."""
+        """Further options for libtpu."""
         options: dict = {"num_slices": self.slices} if self.slices > 1 else {}
         if self.chip.name == "v4":
             options["chip_config_name"] = "megacore"  # two cores as one device, as programs see them
@@ -139,14 +139,14 @@ class Topology:
         ]
 
     def network(self, count: int, *, crosses: bool = False) -> float:
-        """Bytes a second that each of `count` devices, which exchange data among themselves, can send.
+        """Bytes per second that each of `count` communicating devices can send.
 
-        On a torus a group spans whole dimensions, as few as hold it, and sends along all of them in both directions; an
-        open line has half of that.
+        On a torus a group spans the smallest number of whole dimensions, and sends along all of them in both
+        directions; an open line has half of that.
 
         Args:
           count: devices in the group.
-          crosses: it spans slices or hosts.
+          crosses: whether the group spans slices or hosts.
         """
         chip = self.chip
         if crosses:
@@ -161,16 +161,16 @@ class Topology:
         return total or chip.link * chip.dimensions  # devices of one chip
 
     def described(self) -> str:
-        """One line for people."""
+        """A readable line."""
         chips = f"{self.slices} x " if self.slices > 1 else ""
         return f"{chips}{self.chip.name} {'x'.join(map(str, self.shape))}, {self.devices} devices"
 
 
 def topology(name: str) -> Topology:
-    """The machine that a name such as v5e:16x16, v5p-64, 2*v5e:4x4, gpu:8xH100 or cpu:8 stands for.
+    """The machine of a name such as v5e:16x16, v5p-64, 2*v5e:4x4, gpu:8xH100 or cpu:8.
 
     Raises:
-      ValueError: for a name that stands for none, with those that do.
+      ValueError: for an unknown name, with examples of known ones.
     """
     text = name.strip()
     slices, base = 1, text
@@ -213,7 +213,7 @@ def _shape_of_type(name: str, chip: Chip, rest: str) -> tuple[int, ...]:
         )
     if chips == 4:
         return (2, 2, 1)
-    # As even as powers of two can be, the largest last.
+    # Powers of two as equal as possible, the largest last.
     power = chips.bit_length() - 1
     return tuple(2 ** ((power + place) // 3) for place in range(3))
 

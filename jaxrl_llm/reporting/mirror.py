@@ -1,7 +1,7 @@
 """A run directory at an address of fsspec (`s3://`, `gs://`, `az://`, `memory://`, ...), kept as a copy of a local one.
 
-A run works in a directory of this machine: records are appended there, and orbax writes checkpoints there. What is
-whole goes to the address, in the background after each checkpoint and once more at the end. Records go before
+A run works in a directory of this machine: records are appended there, and orbax writes checkpoints there. Complete
+files are copied to the address, in the background after each checkpoint and once more at the end. Records go before
 checkpoints, and the meta of a checkpoint after its arrays, so that whatever is there at any moment can be gone on from.
 Storage without appending, renaming or locks is enough.
 
@@ -40,8 +40,9 @@ class Mirror:
     Args:
       address: of a run directory.
       directory: the local one; `working_directory` of the address where left out.
-      say: is told when the address cannot be written to during a run.
-      share: of this process, where several have a local directory each; None where one has all.
+      say: receives a message when the address cannot be written to during a run.
+      share: of this process, if each of several processes has its own local directory; None if one process has all
+          files.
 
     Raises:
       ValueError: for an address that fsspec has no package for, naming it.
@@ -76,7 +77,7 @@ class Mirror:
         return self.share is not None
 
     def there(self) -> dict[str, int]:
-        """Size of each file at the address by its name, without checkpoints whose meta is not there.
+        """Size of each file at the address by its name, without checkpoints whose meta file is missing.
 
         Raises:
           ValueError: where the address cannot be reached.
@@ -100,7 +101,7 @@ class Mirror:
         }
 
     def started(self) -> bool:
-        """Whether a run is at the address, or here whole and on its way there."""
+        """Whether the address holds a run, or the local directory holds one that is not yet copied to the address."""
         state = self._state()
         waits = bool(state["copy"]) and not state["share"] and (self.directory / "config.yaml").is_file()
         return "config.yaml" in self.there() or waits
@@ -111,16 +112,16 @@ class Mirror:
         return bool(step_folders(self._local())) or (records.is_file() and records.stat().st_size > 0)
 
     def begin(self) -> None:
-        """Empty the local directory for a new run: a start that has computed nothing may have left something."""
+        """Empty the local directory for a new run: an earlier start that computed no step may have left files."""
         shutil.rmtree(self.directory, ignore_errors=True)
 
     def fetch(self) -> None:
-        """Make the local directory what is at the address, unless the address was written from this very directory.
+        """Copy the run at the address to the local directory, unless the address was written from this directory.
 
-        Then what is here is as new or newer, and nothing is fetched; but a share is not the whole.
+        In that case the local files are as new or newer, and nothing is fetched, except where they are only a share.
 
         Raises:
-          ValueError: where there is no run.
+          ValueError: if there is no run.
         """
         there = self.there()
         if "config.yaml" not in there and (self.directory / "config.yaml").is_file() and not self._state()["share"]:
@@ -157,10 +158,10 @@ class Mirror:
         self._remember({"copy": "", "sent": sent, "share": False})
 
     def push(self) -> None:
-        """Bring what has changed to the address, and take away there what is gone here.
+        """Copy changed files to the address, and delete files there that were deleted locally.
 
         Raises:
-          OSError and others of the storage's: where it cannot be written; the next call goes on.
+          OSError and the storage's own errors: if it cannot be written; the next call continues.
         """
         with self._at_work:
             state = self._state()
@@ -175,7 +176,7 @@ class Mirror:
             self._remember(state)
 
     def _push_all(self, state: dict[str, Any], names: list[str]) -> None:
-        """Of a process that has all, or all but the arrays of others."""
+        """`push` for a process that has all files, or all except the arrays of other processes."""
         elsewhere = None if self.share is None else self.share.arrived(self.fs, self.root)
         for name in names:
             stamp = _stamp(self.directory / name)
@@ -199,7 +200,7 @@ class Mirror:
                 self.fs.rmdir(f"{self.root}/{folder}")
 
     def _push_arrays(self, state: dict[str, Any], names: list[str], share: Share) -> None:
-        """Of a process that has nothing but arrays and logs of its own; process 0 takes away what is gone."""
+        """`push` for a process that has only its own arrays and logs; process 0 deletes removed files."""
         before, since = share.said_by(self.fs, self.root, share.process)["steps"], time.monotonic()
         state["sent"] = {name: state["sent"][name] for name in names if name in state["sent"]}
         for name in filter(share.brings, names):
@@ -212,14 +213,15 @@ class Mirror:
         share.say(self.fs, self.root, step_folders(names))
 
     def _left_by_others(self, names: list[str]) -> set[str]:
-        """Files at the address of steps that retention has deleted here; others may be ahead with later ones."""
+        """Files at the address of steps that retention has deleted locally; other processes may have later steps."""
         here = {step_number(step) for step in step_folders(names)}
         there = [name[len(self.root) + 1 :] for name in self.fs.find(f"{self.root}/checkpoints")]
         steps = {name: step_number(step) for name in there if (step := step_folder(name))}
         return {name for name, step in steps.items() if step not in here and step < max(here, default=0)}
 
     def _wait_for_others(self, share: Share) -> None:
-        """Until the others have brought their arrays of the newest step, or have been silent for a while."""
+        """Wait until the other processes have copied their arrays of the newest step, or have sent no sign for a
+        while."""
         newest = set(sorted(step_folders(self._local()), key=step_number)[-1:])
         heard, since = None, time.monotonic()
         while not newest <= share.arrived(self.fs, self.root):
@@ -231,7 +233,7 @@ class Mirror:
             time.sleep(0.5)
 
     def _put(self, name: str) -> bool:
-        """Whether a file was brought; retention may have deleted it meanwhile."""
+        """Copy a file; returns False if retention has deleted it meanwhile."""
         file, target = self.directory / name, f"{self.root}/{name}"
         try:
             self._put_whole(file, target)
@@ -243,7 +245,8 @@ class Mirror:
         return True
 
     def _put_whole(self, file: Path, target: str) -> None:
-        """An object is there whole or not at all, and so is a file that is renamed; a kill leaves half of another."""
+        """Write a file atomically: an object appears complete or not at all, and a local file is written, then
+        renamed."""
         if not self._renames:
             return self.fs.put_file(str(file), target)
         part = f"{self.root}/{_PART}{0 if self.share is None else self.share.process}"
@@ -251,9 +254,10 @@ class Mirror:
         os.replace(part, target)
 
     def brought(self, file: Path, *, seconds: float = 10.0) -> str:
-        """Where people find one file of the run, which is brought now: here, if the storage does not take it in time.
+        """Copy one file to the address now and return its place: the local path, if the storage does not accept it in
+        time.
 
-        For the last word of a process that cannot wait.
+        For the last message of a process that cannot wait.
         """
         name, there = file.relative_to(self.directory).as_posix(), threading.Event()
 
@@ -268,7 +272,7 @@ class Mirror:
         return f"{self.address}/{name}" if there.is_set() else str(file)
 
     def push_later(self) -> None:
-        """`push` in the background, unless one is under way; where it fails that is said, and the next one goes on."""
+        """`push` in the background, unless one is running; a failure is reported, and the next call continues."""
         if self._thread is not None and self._thread.is_alive():
             return
 
@@ -283,13 +287,13 @@ class Mirror:
 
     @contextlib.contextmanager
     def kept(self, *, beat: float = 15.0) -> Iterator[None]:
-        """Own the address for the length of a block, and bring everything there at its end, however it ends.
+        """Own the address during a block, and copy all files there when the block ends, also after an exception.
 
-        Of several processes that have a share each, process 0 owns it, and waits for the others at the end.
+        If each of several processes has a share, process 0 owns the address, and waits for the others at the end.
 
         Raises:
           OwnedError: when another process has it.
-          ConnectionError: where the address cannot be written at the end; what is here is whole.
+          ConnectionError: if the address cannot be written at the end; the local directory is complete.
         """
         self.fs.makedirs(self.root, exist_ok=True)
         owner = self.share is None or self.share.is_main
@@ -311,7 +315,8 @@ class Mirror:
                     ) from error
 
     def _local(self) -> list[str]:
-        """Names of local files in the order in which they are brought: records, arrays of checkpoints, their metas."""
+        """Names of local files in the order in which they are copied: records, arrays of checkpoints, their meta
+        files."""
         found = []
         for folder, folders, files in os.walk(self.directory):
             folders[:] = [name for name in folders if "orbax-checkpoint-tmp" not in name]
@@ -338,10 +343,10 @@ class Mirror:
 
 
 def local_copy(path: str | os.PathLike) -> Path:
-    """A local path as it is; of an address, the local directory with what is there now.
+    """A local path unchanged; for an address, the local directory with the files that are at the address now.
 
     Raises:
-      ValueError: where there is no run.
+      ValueError: if there is no run.
     """
     if not is_address(path):
         return Path(path)
@@ -352,10 +357,10 @@ def local_copy(path: str | os.PathLike) -> Path:
 
 @contextlib.contextmanager
 def changed_in_place(path: str | os.PathLike, say: Callable[[str], Any] = print) -> Iterator[Path]:
-    """A run directory to be changed: of an address, the local copy, whose changes are brought there at the end.
+    """A run directory to be changed: for an address, the local copy, whose changes are copied there at the end.
 
     Raises:
-      ValueError: where there is no run.
+      ValueError: if there is no run.
       OwnedError: when a process writes to the address.
       ConnectionError: where the address cannot be written at the end.
     """

@@ -1,7 +1,7 @@
-"""One process writes a run directory at a time: a lock on a file in it, and a heartbeat where locks do not reach.
+"""One process at a time writes a run directory: a file lock, and a heartbeat where locks are not available.
 
-A lock is the kernel's: it is gone with its process, however that ended. Network file systems may not have locks, or
-have them on each machine alone; there the file, which its owner rewrites every few seconds, says that it lives.
+The kernel holds the lock and releases it when the process ends, also after a kill. Network file systems may have no
+locks, or locks within one machine only; there the owner rewrites the file every few seconds to show that it is running.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ BEAT_SECONDS = 5.0
 
 
 class OwnedError(ValueError):
-    """Another process has the run directory."""
+    """Another process owns the run directory."""
 
 
 @contextlib.contextmanager
 def owned(directory: Path, *, say: Callable[[str], Any] = print, beat: float = BEAT_SECONDS) -> Iterator[None]:
-    """Own a run directory for the length of a block.
+    """Own a run directory during a block.
 
     Args:
       directory: it exists.
-      say: tells people that the owner on another host is waited for.
-      beat: seconds between two heartbeats; three of them without a change, and an owner on another host is gone.
+      say: receives a message while the call waits for an owner on another host.
+      beat: seconds between two heartbeats; after three without a change, an owner on another host counts as ended.
 
     Raises:
-      OwnedError: when another process has it, saying which.
+      OwnedError: if another process owns it; names that process.
     """
     path = directory / FILE
     file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -72,18 +72,18 @@ def owned(directory: Path, *, say: Callable[[str], Any] = print, beat: float = B
 
 @contextlib.contextmanager
 def owned_place(fs: Any, name: str, where: str, *, say: Callable[[str], Any], beat: float) -> Iterator[None]:
-    """Own what lies at an address for the length of a block, by heartbeats alone: such storage has no locks.
+    """Own an address during a block, by heartbeats alone, because such storage has no locks.
 
-    Two processes that begin within the same moment are told apart by which one wrote last.
+    If two processes begin at the same moment, the one that wrote last owns the address.
 
     Args:
       fs: a file system of fsspec.
-      name: of the object that its owner rewrites.
-      where: what people call the address.
+      name: of the object that the owner rewrites.
+      where: the address as messages show it.
       say, beat: as for `owned`.
 
     Raises:
-      OwnedError: when another process has it, saying which.
+      OwnedError: if another process owns it; names that process.
     """
 
     def said() -> dict[str, Any]:
@@ -123,7 +123,7 @@ def _me() -> dict[str, Any]:
 
 
 def _machine() -> str:
-    """Among whose processes a number is one process's: those of a boot and a container; "" where it is not known."""
+    """Identifier of the boot and container in which process numbers are unique; "" if it is unknown."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
@@ -132,13 +132,13 @@ def _machine() -> str:
 
 
 def _is_over(held: dict[str, Any]) -> bool:
-    """Whether an owner is known to have ended: no process here has its number, and it ran here."""
+    """Whether an owner is known to have ended: it ran on this machine, and no process here has its number."""
     pid = held.get("pid")
     return held.get("machine") == (_machine() or None) and isinstance(pid, int) and not psutil.pid_exists(pid)
 
 
 def _lock(file: int) -> bool | None:
-    """Whether the lock is ours; None where the file system has no locks."""
+    """Whether this process has the lock; None if the file system has no locks."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -1,6 +1,6 @@
-"""What a person sees of a run: a live display on a terminal, single lines elsewhere, and tables before and after.
+"""The display of a run: live on a terminal, single lines elsewhere, and tables before and after.
 
-`update` only remembers floats; a terminal is redrawn by rich's own thread a few times a second. Training never waits.
+`update` only stores floats; rich's own thread redraws a terminal a few times a second. Training never waits.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from rich.text import Text
 
 
 class Column(NamedTuple):
-    """One number of the display: the metric `name`, shown as `label` in the format `form`, where it is present."""
+    """One number of the display: the metric `name`, shown as `label` in the format `form`, if it is present."""
 
     label: str
     name: str

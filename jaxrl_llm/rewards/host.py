@@ -1,7 +1,7 @@
 """Calls of a user's function of text, with one-sentence errors that name the row.
 
-A function is called once for all rows, or once a row where it names text in the singular (`completion`, `answer`); it
-may be `async def`. Calls for single rows run in parallel. None and NaN mean that it does not apply to a row.
+A function is called once for all rows, or once per row where it names text in the singular (`completion`, `answer`); it
+may be `async def`. Calls for single rows run in parallel. None and NaN mean that the function does not apply to a row.
 """
 
 from __future__ import annotations

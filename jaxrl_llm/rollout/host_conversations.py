@@ -152,7 +152,7 @@ def host_generate_turns(
 
 
 def _filled_up(episodes: HostEpisodes, here: np.ndarray, rows: int) -> HostEpisodes:
-    """Episodes of all rows, of which those that are not here have stopped before their first turn."""
+    """Episodes of all rows; rows outside of `here` count as stopped before their first turn."""
     states: list[Any] = [None] * rows
     for row, state in zip(here, episodes.states, strict=True):
         states[row] = state
@@ -163,7 +163,7 @@ def _filled_up(episodes: HostEpisodes, here: np.ndarray, rows: int) -> HostEpiso
 
 
 def host_turns_shapes(turns: HostTurns, params: PyTree, prompts: Prompts, key: Array, step: Array) -> Experience:
-    """What `host_generate_turns` returns, as shapes; nothing is called."""
+    """Shapes of the result of `host_generate_turns`; no environment is called."""
     talk = jax.eval_shape(turns.start, params, prompts, key, step, jnp.int32(0))
     rows = talk.group.shape[0]
     number = np.zeros(rows, np.int32)

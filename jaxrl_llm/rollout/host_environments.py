@@ -15,11 +15,11 @@ from jaxrl_llm.rollout.host_calls import Caller, Executor, Returned, caller
 
 
 class EnvironmentFailure(RewardError):
-    """A host environment raised, hung, or returned what it must not; the message names the row and the remedy."""
+    """A host environment raised, hung, or returned an invalid value; the message names the row and the remedy."""
 
 
 class HostEnvironment(NamedTuple):
-    """An environment outside of the program; `opened` checks it and makes it callable.
+    """An environment that runs on the host; `opened` checks it and makes it callable.
 
     Attributes:
       reset: record of the item -> state, any object.
@@ -57,14 +57,14 @@ class HostEnvironment(NamedTuple):
 
 
 class HostStep(NamedTuple):
-    """What an environment made of one turn.
+    """The result of one turn in an environment.
 
     Attributes:
       state: its next state.
       observation: text.
       reward: of the turn.
       done: the episode is over.
-      failure: what went wrong, where the policy was answered with `failure_observation`; else empty.
+      failure: the error, if the policy was answered with `failure_observation`; else empty.
       duration: time that the turn took; 0 where the environment does not say.
     """
 
@@ -77,10 +77,10 @@ class HostStep(NamedTuple):
 
 
 class HostEpisodes(NamedTuple):
-    """B episodes under way, as `Episodes` holds them for environments inside the program.
+    """B running episodes, as `Episodes` holds them for environments inside the program.
 
     Attributes:
-      states: the environment's, one an episode.
+      states: the environment's states, one per episode.
       turns: [B] turns taken.
       turn_rewards: [B, S] reward of each turn, 0 for those that were not taken.
       durations: [B, S] time of each turn, 0 for those that were not taken.
@@ -98,10 +98,10 @@ class HostEpisodes(NamedTuple):
 
 @contextmanager
 def opened(environment: HostEnvironment) -> Iterator[Caller]:
-    """The environment's functions, ready to be called; processes that it needs end with the block.
+    """The environment's functions, ready to be called; its processes end with the block.
 
     Raises:
-      ValueError: for a limit, executor, deadline or failure answer that cannot be.
+      ValueError: for an invalid limit, executor, deadline or failure answer.
     """
     require_limits(environment)
     if environment.on_failure not in ("error", "observation"):
@@ -117,7 +117,7 @@ def opened(environment: HostEnvironment) -> Iterator[Caller]:
 
 
 def host_started(environment: HostEnvironment, items: Sequence[Mapping[str, Any]], call: Caller) -> HostEpisodes:
-    """Episodes before their first turn, one an item (the samples of a prompt repeat its item).
+    """Episodes before their first turn, one per item (the samples of a prompt repeat its item).
 
     Raises:
       EnvironmentFailure: naming the first item for which `reset` raised or hung.
@@ -190,7 +190,7 @@ def host_advanced(
     Args:
       environment: what answers.
       episodes: before the turn.
-      turn_tokens: [B, U] what the policy wrote, right-padded.
+      turn_tokens: [B, U] tokens of the policy's turn, right-padded.
       turn_length: [B]; a turn without tokens is none.
       room: [B] tokens that still fit behind each turn; None sets no limit.
       call: from `opened`.

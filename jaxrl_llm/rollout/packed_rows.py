@@ -1,4 +1,4 @@
-"""Packing: rows, prompt and completion, one behind the other in bins as wide as one, so that few slots are empty.
+"""Packing: several rows (prompt and completion) in one bin, so that few slots are empty.
 
 Rows are put into bins by best fit, the longest first. All of it is traced, so that it holds for rows that were just
 sampled: how many bins are needed is a number of the program, and how many there are is static.
@@ -18,12 +18,12 @@ from jaxrl_llm.rollout.positions import completion_positions, prompt_positions
 
 
 class Plan(NamedTuple):
-    """Where each row goes.
+    """The place of each row.
 
     Attributes:
       bin: its bin.
       offset: of its first token there.
-      used: how many bins hold something.
+      used: number of bins that are not empty.
     """
 
     bin: Int[Array, "B"]
@@ -48,11 +48,11 @@ class Bins(NamedTuple):
     segments: Int[Array, "N C"]
 
     def put(self, x: Array, fill: Any = 0) -> Array:
-        """What is known of each token of the rows, [B, W, ...], in the slots, [N, C, ...]."""
+        """Values per token of the rows, [B, W, ...], as values per slot, [N, C, ...]."""
         return jnp.take(x.reshape(-1, *x.shape[2:]), self.token, axis=0, mode="fill", fill_value=fill)
 
     def taken(self, x: Array) -> Array:
-        """What is known of each slot, [N, C, ...], in the rows, [B, W, ...]; 0 for padding."""
+        """Values per slot, [N, C, ...], as values per token of the rows, [B, W, ...]; 0 for padding."""
         return jnp.take(x.reshape(-1, *x.shape[2:]), self.slot, axis=0, mode="fill", fill_value=0)
 
 

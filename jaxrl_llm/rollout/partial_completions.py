@@ -1,4 +1,4 @@
-"""Completions that are being written: their tokens so far and what is known of each."""
+"""Unfinished completions: their tokens so far and the values of each token."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Written:
     """R completions so far, each array as in `Experience`.
 
     Attributes:
-      tokens, logprobs, entropy: one column a token; what is not written yet is fill.
+      tokens, logprobs, entropy: one column a token; columns that are not yet written hold fill values.
       source: a `Source` for each token.
       length: tokens so far.
       routes: experts of prompt and completion tokens; None where they are not recorded.

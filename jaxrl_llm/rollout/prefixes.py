@@ -1,4 +1,4 @@
-"""What completions start with, and rows that go on from different places of what they share."""
+"""Prefixes of completions, and rows that continue a shared prefix from different positions."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from jaxrl_llm.rollout.positions import completion_positions, prompt_positions
 
 @struct.dataclass
 class Prefixes:
-    """What completions start with: own earlier tokens, a demonstration, a hint.
+    """The first tokens of completions: own earlier tokens, a demonstration, a hint.
 
     Tokens have one row a sample, or fewer: then so many samples that follow one another go on from different places of
     one row, which is gone through once for all of them (where `can_share`; else each goes through its own copy).
@@ -36,13 +36,13 @@ class Prefixes:
 
 
 def own_prefix(prefixes: Prefixes) -> Int[Array, "B"]:
-    """The row of the tokens that each sample goes on from."""
+    """The prefix row that each sample continues."""
     rows = prefixes.length.shape[0]
     return jnp.arange(rows) // (rows // prefixes.tokens.shape[0])
 
 
 def can_share(drawing: Drawing) -> bool:
-    """Whether samples can go on from different places of one row of keys and values."""
+    """Whether samples can continue one row of keys and values from different positions."""
     return drawing.model.cut_cache is not None and drawing.controls is None and not drawing.record_router
 
 
@@ -57,7 +57,7 @@ def begin_shared(
     pad_id: int,
     constrain: Callable[[PyTree], PyTree] = lambda rows: rows,
 ) -> Decoding:
-    """Prefill each prompt once and each prefix once, for all samples that go on from somewhere in it.
+    """Prefill each prompt once and each prefix once, for all samples that continue it from any position.
 
     Args:
       drawing: how tokens are drawn, at one temperature.
@@ -82,7 +82,7 @@ def begin_shared(
         predicting = jnp.concatenate([jnp.repeat(hidden[:, -1:], of_prompt, axis=0), behind], axis=1)
         scale = jnp.where(drawing.temperature == 0, 1.0, drawing.temperature)[::samples]
         known = token_statistics(model, params, predicting[:, :-1], prefixes.tokens, temperature=scale, entropy=True)
-    assert model.cut_cache is not None  # `can_share` has seen to it
+    assert model.cut_cache is not None  # `can_share` has checked this
     cache = model.cut_cache(model.expand_cache(cache, samples, room), drawing.prompt_length + prefixes.length)
     inside = jnp.arange(max_completion_tokens) < prefixes.length[:, None]
 

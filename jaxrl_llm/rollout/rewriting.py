@@ -1,7 +1,7 @@
-"""Rows rewritten: tokens kept, left out or put in front, and prompts asked in another form.
+"""Rewriting of rows: tokens are kept, removed or prepended, and prompts have another form.
 
-What a row says is its text and where each token came from, so a rewritten row is scored like any other: by the policy,
-behind its own prompt. What it was drawn with no longer fits it, which `plans` say as `own_prompt`.
+A row holds its tokens and the source of each, so a rewritten row is scored like any other: by the policy, after its own
+prompt. The recorded sampling values no longer match it; plans declare this as `own_prompt`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def beginnings(
     behind_length: Int[Array, "B"],
     pad_id: int,
 ) -> Prefixes:
-    """The first `length` tokens of each row, and a hint behind them.
+    """The first `length` tokens of each row, followed by a hint.
 
     Args:
       tokens, source: of completions.
@@ -48,9 +48,9 @@ def beginnings(
 
 
 def compacted(rows: Experience, keep: Bool[Array, "B T"], pad_id: int) -> Experience:
-    """Completions without the tokens that are not kept; those behind them move up, with all that is known of them.
+    """Completions with only the kept tokens; later tokens move up, together with their values.
 
-    Arrays of shape [B, T] that rows know move along (what is known of a token), others stay.
+    Fields of shape [B, T] (values per token) move along, others stay.
 
     Args:
       rows: completions.
@@ -86,7 +86,7 @@ def of_tokens(name: str) -> bool:
 
 
 def asked_in_form(prompts: Prompts, tokens: Int[Array, "N P"], length: Int[Array, "N"]) -> Prompts:
-    """Prompts in another form, which tells more or less; rows drawn behind it know the form that they are learned in.
+    """Prompts in another form, with more or less information; rows sampled from it also hold the form for training.
 
     See `as_learned`. A form that is a column of the data is that of `form_named`.
     """
@@ -100,7 +100,7 @@ def form_named(prompts: Prompts, view: str) -> tuple[Array, Array]:
 
 
 def as_learned(rows: Experience, *, replayed: bool = True) -> Experience:
-    """Rows that were drawn behind the form of `asked_in_form`, behind the plain prompt: so they are learned.
+    """Rows that were sampled after the form of `asked_in_form`, moved to the plain prompt for training.
 
     Args:
       rows: which know the plain form; afterwards they do not.

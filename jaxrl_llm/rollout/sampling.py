@@ -1,4 +1,4 @@
-"""Drawing one token a row, with randomness that is addressed and never consumed."""
+"""Sampling of one token per row; random keys are computed from addresses and never split in sequence."""
 
 from __future__ import annotations
 
@@ -18,10 +18,9 @@ BLOCK = 256
 def row_keys(
     key: Array, step: Int[Array, "B"] | Array | int, prompt_id: Int[Array, "B"], sample: Int[Array, "B"]
 ) -> Array:
-    """One key a row from (run key, step, prompt id, sample number).
+    """One key per row from (run key, step, prompt id, sample number).
 
-    A row's key does not depend on the other rows, so neither do its tokens: batch size, order, devices and hosts
-    change nothing.
+    A row's key does not depend on the other rows, so its tokens do not depend on batch size, order, devices or hosts.
 
     Args:
       key: of the run.
@@ -37,7 +36,7 @@ def row_keys(
 def sampled_tokens(
     log_probabilities: Float[Array, "B V"], keys: Array, position: Int[Array, "B"] | int, greedy: Array | bool
 ) -> Int[Array, "B"]:
-    """One token a row by inverting the cumulative distribution at a uniform number.
+    """One token per row, by inverting the cumulative distribution at a uniform number.
 
     One uniform a row replaces V Gumbel variables, which costs more than the softmax itself on a CPU.
 

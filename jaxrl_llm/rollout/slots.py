@@ -1,4 +1,4 @@
-"""Many rows through a few slots: a slot whose row has ended goes on with the next one that waits."""
+"""Decoding of many rows in a few slots: when the row of a slot ends, the slot takes the next waiting row."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from jaxrl_llm.rollout.partial_completions import Written
 
 @struct.dataclass
 class DecodingLoop:
-    """The state of a decoding loop: first what belongs to its slots, then what belongs to all R rows.
+    """The state of a decoding loop: first the arrays of its slots, then the arrays of all R rows.
 
     Attributes:
       row: which row each slot writes.
       token: the last of that row.
-      running: whether the slot has something to do.
+      running: whether the slot has an unfinished row.
       stopped: rows that ended by themselves.
       written, cache, watch, calls: as in `Decoding`; cache and watch with one row a slot.
     """
@@ -41,12 +41,12 @@ class DecodingLoop:
 def in_slots(
     model: Model, whole: DecodingLoop, advanced: Callable[[DecodingLoop], DecodingLoop], slots: int
 ) -> DecodingLoop:
-    """Run all rows through a few slots, in order; a slot that becomes free takes the next row at once."""
+    """Decode all rows in a few slots, in order; a free slot takes the next row at once."""
     take_rows, replace_row = model.take_rows, model.replace_row
     if take_rows is None or replace_row is None:
         raise ValueError(f"slots is {slots}, but the model offers no `take_rows` and `replace_row`; leave slots out")
     rows = whole.row.shape[0]
-    # Rows that their first token ended wait for nothing.
+    # Rows that end with their first token need no slot.
     queue = jnp.argsort(~whole.running, stable=True).astype(jnp.int32)
     waiting = jnp.sum(whole.running)
     own = lambda row, tree: jax.tree.map(lambda x: x[row], tree)  # noqa: E731

@@ -37,7 +37,7 @@ def stop_automaton(texts: Sequence[str], token_bytes: Sequence[bytes | None]) ->
 
     Args:
       texts: stop texts, none of them empty.
-      token_bytes: what each token stands for; None for tokens without text, which break a text off.
+      token_bytes: bytes of each token; None for tokens without text, which interrupt a stop text.
 
     Raises:
       ValueError: for an empty text, or one that no sequence of tokens spells.

@@ -1,4 +1,4 @@
-"""Completions as they are written: the tokens of `generate`, handed out a few at a time."""
+"""Streaming of completions: the tokens of `generate`, yielded a few at a time."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class Drawn(NamedTuple):
     """Completions so far, on the host; rows are prompt-major.
 
     Attributes:
-      tokens, logprobs: what is there of each row.
-      length: how much that is.
+      tokens, logprobs: of each row so far.
+      length: tokens of each row so far.
       over: rows that have ended, or are as long as may be.
       truncated: those of them that did not end by themselves.
     """
@@ -39,7 +39,7 @@ class Drawn(NamedTuple):
 
 @struct.dataclass
 class _Rows:
-    """What lies on the device between two pieces.
+    """State on the device between two pieces.
 
     Attributes:
       keys: one a row.

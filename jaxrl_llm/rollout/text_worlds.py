@@ -18,7 +18,7 @@ from jaxrl_llm.ranges import Count, Positive, ranged
 from jaxrl_llm.rollout.host_environments import HostEnvironment
 
 Make = Callable[[str], Any]
-# Games under way in this process, by (game, commands); the oldest make room.
+# Running games of this process, by (game, commands); the oldest are removed first.
 _UNDER_WAY: dict[tuple[str, tuple[str, ...]], Any] = {}
 _AT_HAND = 256
 
@@ -27,7 +27,7 @@ class World(NamedTuple):
     """An episode of a text world.
 
     Attributes:
-      game: what `make` is called with.
+      game: argument of `make`.
       commands: that were typed.
       score: so far.
     """
@@ -50,10 +50,10 @@ def text_world(
     observation_format: str = "<o>{text}</o>",
     game_column: str = "answer",
 ) -> HostEnvironment:
-    """Games as an environment of conversations: a turn is a command, the answer what the game writes.
+    """Games as an environment of conversations: a turn is a command, the observation is the game's text.
 
     The reward of a turn is how much it adds to the score, as a share of `most_score`; a game whose `infos` say `won`
-    has a score of `most_score` then. What stands in tags of a turn (`<a>`, `<n>`) is no part of the command.
+    has a score of `most_score` then. The content of tags in a turn (`<a>`, `<n>`) is not part of the command.
 
     Args:
       tokenizer: of the policy.
@@ -96,10 +96,10 @@ def text_world(
 
 
 def text_world_prompts(make: Make, games: Sequence[str]) -> list[dict[str, str]]:
-    """Lines of a JSONL file: what each game says at its start, and the name of the game as the answer.
+    """Lines of a JSONL file: the first text of each game as the prompt, and its name as the answer.
 
     Raises:
-      ValueError: for two games that start alike, which no split could tell apart.
+      ValueError: for two games with the same first text, which splits could not distinguish.
     """
     lines = [{"prompt": _plain(make(game).reset()), "answer": game} for game in games]
     seen: dict[str, str] = {}
@@ -147,7 +147,7 @@ def _stepped(
 
 
 def _played_again(make: Make, state: World) -> Any:
-    """The game as it was after these commands, and nobody else's."""
+    """A separate game in its state after these commands."""
     world = make(state.game)
     world.reset()
     for command in state.commands:
@@ -156,7 +156,7 @@ def _played_again(make: Make, state: World) -> Any:
 
 
 def _answered(returned: Any) -> tuple[str, float, bool, Mapping[str, Any]]:
-    """(text, score, whether it is over, what else is known) of one game, or of a batch of one."""
+    """(text, score, whether it is over, infos) of one game, or of a batch of one."""
     observation, score, done, *more = returned
     infos = {name: _one(value) for name, value in dict(more[0] if more else {}).items()}
     return _plain(observation), float(_one(score) or 0.0), bool(_one(done)), infos

@@ -1,9 +1,9 @@
-"""Conversations: a policy that writes turn after turn, and an environment inside the program that answers each.
+"""Conversations: the policy writes turns, and an environment inside the program answers each.
 
     begin -> (decode -> environment -> feed) x turns
 
-All rows take their turns together, in one program. What the environment answers stands in the row like anything else,
-with `Source.OBSERVATION` and mask 0. `host_turns` does the same for environments written in Python.
+All rows take their turns together, in one program. Observations are tokens of the row, with `Source.OBSERVATION` and
+mask 0. `host_turns` does the same for environments written in Python.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from jaxrl_llm.rollout.sampling import row_keys
 
 # In `Experience.fields`: value and count of each metric of an episode, by its name behind these.
 METRIC, METRIC_COUNT = "episode/", "episode_count/"
-# What a conversation knows beside every completion.
+# Fields of a conversation beyond those of a completion.
 TURN_FIELDS = frozenset({"turn", "turn_rewards", "durations", "turns", "stop", "solved"})
 
 
@@ -61,7 +61,7 @@ class Speech(NamedTuple):
     constrain: Callable[[PyTree], PyTree]
 
     def check(self) -> None:
-        """Raises ValueError for sizes that cannot be."""
+        """Raises ValueError for invalid sizes."""
         require_limits(self.environment, self.model.vocabulary_size)
         if self.samples_per_prompt < 1 or self.max_completion_tokens < 1:
             raise ValueError(
@@ -72,7 +72,7 @@ class Speech(NamedTuple):
 
 @struct.dataclass
 class Talk:
-    """B conversations under way, without what answers them.
+    """B running conversations, without their environment.
 
     Attributes:
       per_row: the prompt of each row.
@@ -177,7 +177,7 @@ def begun(
     temperature: float | Float[Array, "G"],
     first_sample: int | Int[Array, "..."] = 0,
 ) -> Talk:
-    """Conversations before their first turn: prompts are prefilled once, for all of their samples."""
+    """Conversations before their first turn; each prompt is prefilled once for all of its samples."""
     count, samples = prompts.tokens.shape[0], speech.samples_per_prompt
     group = jnp.repeat(jnp.arange(count, dtype=jnp.int32), samples)
     place = jnp.tile(jnp.arange(samples, dtype=jnp.int32), count)
@@ -186,7 +186,7 @@ def begun(
     keys = row_keys(jax.random.fold_in(key, KeyUse.ROLLOUT), step, per_row.prompt_id, sample)
     temperatures = jnp.broadcast_to(jnp.asarray(temperature, jnp.float32), (samples,))[place]
     environment = speech.environment
-    # Of a turn, all tokens but the last are written while it is decoded; that one is, with the observation, afterwards.
+    # Decoding writes all tokens of a turn except the last; the last is written afterwards, with the observation.
     slots = environment.max_turns * (environment.max_turn_tokens + environment.max_observation_tokens)
     decoding = begin(
         _drawing(speech, params, keys, temperatures, per_row),
@@ -205,7 +205,7 @@ def begun(
 def spoken(
     speech: Speech, params: PyTree, talk: Talk, number: Int[Array, "B"], running: Bool[Array, "B"]
 ) -> tuple[Talk, Int[Array, "B U"], Int[Array, "B"]]:
-    """Conversations with one more turn of the policy, and that turn: (talk, its tokens, how many).
+    """Conversations with one more turn of the policy: (talk, tokens of the turn, their number).
 
     Args:
       speech: how it is written.
@@ -233,14 +233,14 @@ def spoken(
 
 
 def heard(speech: Speech, params: PyTree, talk: Talk, observation: Int[Array, "B O"], length: Int[Array, "B"]) -> Talk:
-    """Conversations with what the environment answered; a length of 0 adds nothing."""
+    """Conversations with the observations appended; a length of 0 adds nothing."""
     drawing = _drawing(speech, params, talk.keys, talk.temperature, talk.per_row)
     source = jnp.full(observation.shape, Source.OBSERVATION, jnp.int8)
     return replace(talk, decoding=feed(drawing, talk.decoding, observation, length, source))
 
 
 def recorded(talk: Talk, *, stop: Int[Array, "B"], **facts: Array) -> Experience:
-    """The fact sheet of conversations that are over; facts have one entry a row."""
+    """The final rows of finished conversations; facts have one entry per row."""
     rows = experience_of(
         talk.decoding.written, talk.per_row, sample=talk.sample, group=talk.group, ended=~cut_short(stop)
     )
@@ -249,14 +249,14 @@ def recorded(talk: Talk, *, stop: Int[Array, "B"], **facts: Array) -> Experience
 
 
 def with_metrics(rows: Experience, pairs: dict[str, tuple[Array, Array]]) -> Experience:
-    """Rows that know value and count of some metrics of their episode."""
+    """Rows with the value and count of some metrics of their episode as fields."""
     values = {METRIC + name: value.astype(jnp.float32) for name, (value, _) in pairs.items()}
     counts = {METRIC_COUNT + name: count.astype(jnp.float32) for name, (_, count) in pairs.items()}
     return rows.filled(**values, **counts)
 
 
 def metrics_of(rows: Experience, weight: Float[Array, "B"]) -> dict[str, tuple[Array, Array]]:
-    """Named (sum, count) pairs of the episodes' metrics over rows that are there; none for rows of one completion."""
+    """Named (sum, count) pairs of the episodes' metrics over existing rows; none for rows of one completion."""
     there = (weight > 0).astype(jnp.float32)
     names = [name.removeprefix(METRIC) for name in rows.fields if name.startswith(METRIC)]
     return {name: ((rows[METRIC + name] * there).sum(), (rows[METRIC_COUNT + name] * there).sum()) for name in names}

@@ -141,7 +141,10 @@ def _share(config: Config) -> Share | None:
 
 def _is_local(folder: Path) -> bool:
     """Whether a folder is on a local file system, where files of other processes are visible at once."""
-    kinds = {mounted.mountpoint: mounted.fstype for mounted in psutil.disk_partitions(all=True)}
+    try:
+        kinds = {mounted.mountpoint: mounted.fstype for mounted in psutil.disk_partitions(all=True)}
+    except (OSError, RuntimeError):  # the system does not list them
+        return False
     place = folder.resolve()
     return next((kinds[str(at)] in _LOCAL for at in (place, *place.parents) if str(at) in kinds), False)
 

@@ -11,7 +11,7 @@ from jaxrl_llm.run.setup import parts
 
 
 def last_stage(config: Config) -> Config:
-    """The config of the stage that a run ends with: the config itself where it has one stage."""
+    """The config of the last stage of a run: the config itself if it has one stage."""
     return _stage_configs(config)[-1]
 
 
@@ -32,11 +32,11 @@ def _stage_names(config: Config) -> list[str]:
 
 
 def staged(config: Config) -> list[dict[str, Any]]:
-    """The stages of a run, as what `stages.Stage` is made of, every one checked: the warm start, then section `stages`,
-    or the one stage that the config itself is.
+    """The stages of a run, as arguments of `stages.Stage`, all checked: the warm start, then section `stages`, or the
+    config itself as the only stage.
 
     Raises:
-      ValueError: as `parts` does, or for a network that a stage reads and none trains.
+      ValueError: as `parts` does, or for a network that a stage reads but no stage trains.
     """
     warm, found, named = config.warm_start, [], _stage_names(config)
     taken = [*(["warm start"] if warm.steps else []), *named]
@@ -121,7 +121,7 @@ def warm_start(config: Config) -> Config:
 
 
 def _check_trained(stages: Sequence[Mapping[str, Any]]) -> None:
-    """Raises ValueError where a stage reads a network with a head that no stage before it trains."""
+    """Raises ValueError if a stage reads a network with a head that no earlier stage trains."""
     trained: set[str] = set()
     for stage in stages:
         built = stage["parts"]
@@ -132,5 +132,5 @@ def _check_trained(stages: Sequence[Mapping[str, Any]]) -> None:
             if described and network.head is not None and name not in trained and name not in built.paths:
                 raise ValueError(
                     f"stage {stage['name']!r} reads network {name!r}, which no stage before it trains; add a stage "
-                    f"whose losses name what it says, or give networks.{name}.path"
+                    f"whose losses train it, or give networks.{name}.path"
                 )

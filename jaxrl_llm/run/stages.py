@@ -1,7 +1,7 @@
-"""The one loop that every stage of a run goes through: supervised steps, a reward model, reinforcement.
+"""The training loop of every stage of a run: supervised steps, a reward model, reinforcement learning.
 
-A stage goes from the step that its state holds to its last one, writes every step's metrics, and saves its whole state
-so that it can be taken up again at any checkpoint.
+A stage runs from the step of its state to its last step, writes the metrics of every step, and saves its whole state,
+so that it can be resumed at any checkpoint.
 """
 
 from __future__ import annotations
@@ -80,20 +80,20 @@ class Stage:
 
     @property
     def samples(self) -> bool:
-        """Whether the policy is sampled in it."""
+        """Whether the policy is sampled in this stage."""
         return self.parts.step.composition.rollout is not None
 
 
 @dataclass
 class Run:
-    """What the stages of one run share. `run.train` makes one.
+    """Objects that the stages of one run share. `run.train` makes one.
 
     Attributes:
       config: of the run.
-      parts: of the stage under way.
+      parts: of the current stage.
       directory: open files of the run.
       manager: its checkpoints.
-      console: where people read.
+      console: where messages are printed.
       meta: what a checkpoint records beside the state: stage, counts, the evaluation before training, seconds.
       watch: counts compilations.
       data: problems by split, which the run is measured on.
@@ -136,12 +136,12 @@ class Run:
 
     @property
     def apart(self) -> bool:
-        """Whether each of several processes has the run directory on a disk of its own."""
+        """Whether each of several processes has its own disk with a run directory."""
         return self.mirror is not None and self.mirror.apart
 
     @contextmanager
     def timed(self, what: str):
-        """Charge the seconds of a block to `what`, and not to the block around it."""
+        """Add the seconds of a block to `what`, and not to the enclosing block."""
         self.charge()
         around, self.charged_to = self.charged_to, what
         self.interruption.busy(what)
@@ -153,7 +153,7 @@ class Run:
             self.interruption.busy(around)
 
     def charge(self) -> None:
-        """Add the time since the last call to the part that it belongs to."""
+        """Add the time since the last call to the current part."""
         seconds, now = self.meta["seconds"], time.monotonic()
         seconds[self.charged_to] = seconds.get(self.charged_to, 0.0) + now - self.mark
         if self.charged_to != SET_UP:
@@ -195,29 +195,29 @@ class Run:
         return self.save_locally if self.local is not None and done % kept.local_every_steps == 0 else None
 
     def write_metrics(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Write what a step has measured, and that the run is alive."""
+        """Write the metrics of a step, and the heartbeat of the run."""
         self.directory.write_metrics(step, metrics)
         if self.lifetime is not None:
             self.lifetime.mark()
 
     def asked(self) -> dict[str, Any]:
-        """What a step asks on the host: the environment, and whether the run wants to end instead."""
+        """The host calls of a step: the environment, and whether the run is to end instead."""
         return {"call": self.parts.call, "stop": self.interruption.give_up_the_step}
 
     def taken(self, stage: Stage) -> Callable[..., Any]:
-        """The function that takes a step of a stage, which traces those that are asked for."""
+        """The function that takes a step of a stage, and traces the requested steps."""
         run = stage.parts.step.run
         return run if self.trace is None else self.trace.traced(stage.parts, self.meta["steps_before"])
 
     def stopped(self, global_step: int) -> Stopped:
-        """What a run ends with that was asked to stop and is saved."""
+        """The exception that ends a run after a stop signal, once its state is saved."""
         return Stopped(
             f"stopped at step {global_step}; go on with: jaxrl train --resume {self.config.place}",
             self.interruption.number or signal.SIGTERM,
         )
 
     def placed(self, rows: Any) -> Any:
-        """Rows of a whole batch where the step's devices want them; each process hands over its own."""
+        """Rows of a whole batch, placed on the devices of the step; each process passes its own rows."""
         place = self.parts.step.composition.resources.placement
         return hosts.placed_rows(rows, place.mesh, place.rules)
 
@@ -225,15 +225,15 @@ class Run:
 def run_stage(
     run: Run, stage: Stage, state: TrainState, data: StageData, measure: Callable, *, last: bool
 ) -> TrainState:
-    """The steps of a stage. Numbers are read one step late, so that the device never waits for the host.
+    """The steps of a stage. Metrics are read one step late, so that the device never waits for the host.
 
     Args:
       run: of all stages.
       stage: this one.
-      state: its first, or the one that was saved.
+      state: the initial state, or the saved one.
       data: its rows.
       measure: (params, split, problems, what the time is charged to) -> accuracies.
-      last: no stage comes after it, so its last state is saved.
+      last: no stage follows, so its last state is saved.
     """
     offset, first, take = run.meta["steps_before"], int(state.step), run.taken(stage)
     counted = stage.parts.config.training.prompts_per_step * stage.parts.config.rollout.samples_per_prompt
@@ -316,13 +316,13 @@ def run_stage(
 
 
 def _remarks(run: Run, stage: Stage, alarms: Alarms, done: int, shown: dict[str, float]) -> list[str]:
-    """What there is to say of the numbers of a step: alarms, and that they end the stage."""
+    """Check the metrics of a step: raise alarms, and decide whether they end the stage."""
     said = early_stopping.note(run.meta, stage.name, stage.parts.config.training.stop_when, done, shown)
     return [f"alarm at step {done} of the {stage.name}: {text}" for text in alarms.new(shown)] + [said] * bool(said)
 
 
 def _probed(run: Run, stage: Stage, state: TrainState, measure: Callable) -> dict[str, float]:
-    """What a stage writes of a measurement on the validation split."""
+    """The metrics that a stage writes of a measurement on the validation split."""
     held_out = measure(state.params, "validation", run.config.evaluation.problems, "evaluation during")
     names = held_out if stage.probes is None else stage.probes
     probed = {f"validation/{name}": held_out[name] for name in names if name in held_out}
@@ -341,13 +341,13 @@ def _prompts(run: Run, stage: Stage, data: StageData, index: int, choices: list[
 
 
 def stage_data(stage: Stage, prompts: Any, written: Callable[[int], Experience] | None, stored: Any) -> StageData:
-    """The rows of a stage by step; the same whatever was asked for before.
+    """The rows of a stage by step; a step has the same rows in whichever order steps are requested.
 
     Args:
       stage: with its sources.
       prompts: batches of prompts.
-      written: rows that are handed to a step, see `written_of`.
-      stored: answers that were stored before the stage; None without.
+      written: rows that are passed to a step, see `written_of`.
+      stored: answers that were stored before the stage, or None.
     """
     config, source = stage.parts.config, stage.parts.step.composition.written
     if stored is not None and source is not None:
@@ -357,13 +357,13 @@ def stage_data(stage: Stage, prompts: Any, written: Callable[[int], Experience] 
 
 
 def written_of(parts: Parts, sets: Mapping[str, Any]) -> Callable[[int], Experience] | None:
-    """Rows that a step of these parts is handed, by step, as a run hands them over; None where there are none."""
+    """Written rows that are passed to each step of these parts, by step; None if there are none."""
     feed = next((feed for feed in parts.feeds if feed.rows), None)
     return None if feed is None or feed.rows is None else feed.rows(parts, sets)
 
 
 def _leave(run: Run, error: Exception, global_step: int, done: int, stage: str, state: TrainState) -> NoReturn:
-    """Save the state before a step that was not taken, and end the run with what has kept it from being taken."""
+    """Save the state before a step that failed, and end the run with the error that made it fail."""
     if run.manager.latest_step() != global_step:  # it may be on its way to the disk already
         run.save(global_step, stage, state)
     run.manager.wait_until_finished()

@@ -1,4 +1,4 @@
-"""A trace of a few steps of a run: what xprof and TensorBoard show, and what `jaxrl train --profile` counts."""
+"""A trace of a few steps of a run, for xprof and TensorBoard; `jaxrl train --profile` writes one."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class StepTrace:
       directory: where the trace is written.
 
     Raises:
-      ValueError: for text that is no such range.
+      ValueError: for text that is not such a range.
     """
 
     def __init__(self, steps: str, directory: Path):
@@ -31,7 +31,7 @@ class StepTrace:
         self.done = False
 
     def traced(self, parts: Any, offset: int) -> Callable[..., Any]:
-        """The function that takes a step of these parts, and traces it where it is asked for.
+        """The function that takes a step of these parts, and traces the requested steps.
 
         Args:
           parts: of a stage.

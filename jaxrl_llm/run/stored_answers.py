@@ -1,7 +1,7 @@
-"""Answers of the policy that a stage starts from: prompts that it solves are set apart, with a right answer for each.
+"""Stored answers of a stage's initial policy: prompts that it solves are not sampled, and have one right answer each.
 
-Made once, before the stage. The prompts that are left are sampled; the stored answers and their log-probabilities never
-change, so no reference model runs for them.
+They are made once, before the stage. The other prompts are sampled; the stored answers and their log-probabilities
+never change, so they need no reference model.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class StoredAnswers:
     """Stored answers, and the items that are sampled.
 
     Attributes:
-      rows: prompt_tokens, prompt_length, prompt_id, tokens, length, trained (1 on the policy's own tokens, not on what
-        an environment has said) and stored_logprobs: one row a stored answer.
+      rows: prompt_tokens, prompt_length, prompt_id, tokens, length, trained (1 on the policy's own tokens, 0 on tokens
+        of an environment) and stored_logprobs: one row per stored answer.
       explored: item ids of the prompts that are sampled in training.
     """
 
@@ -53,7 +53,7 @@ class StoredAnswers:
 
     @property
     def fingerprint(self) -> str:
-        """Hash over everything that is stored."""
+        """Hash over all stored arrays."""
         digest = hashlib.sha256(np.ascontiguousarray(self.explored).tobytes())
         for name in _ROWS:
             digest.update(np.ascontiguousarray(self.rows[name]).tobytes())
@@ -66,10 +66,10 @@ class StoredAnswers:
 
     @classmethod
     def load(cls, directory: Path) -> StoredAnswers:
-        """Read what `save` wrote.
+        """Read the file that `save` wrote.
 
         Raises:
-          FileNotFoundError: when it is not there.
+          FileNotFoundError: if the file is missing.
         """
         path = directory / FILE
         if not path.is_file():
@@ -79,7 +79,7 @@ class StoredAnswers:
         return cls(rows={name: arrays[name] for name in _ROWS}, explored=arrays["explored"])
 
     def batch(self, key: jax.Array, step: int, rows_per_step: int, *, answer_width: int) -> Experience:
-        """The stored answers of one step: all of them in a new order, again and again."""
+        """The stored answers of one step: each epoch goes through all of them in a new order."""
         key = jax.random.fold_in(key, KeyUse.STORED)
         chosen = np.asarray(cycled_rows(key, step, stored=len(self), rows_per_step=rows_per_step))
         arrays: dict[str, Any] = {n: jnp.asarray(self.rows[n][chosen]) for n in _ROWS}
@@ -89,10 +89,10 @@ class StoredAnswers:
 def stored_answers(
     parts: Parts, params: PyTree, source: Sequence[dict[str, Any]], key: jax.Array, *, attempts: int, min_correct: int
 ) -> StoredAnswers:
-    """Draw `attempts` answers and one more for each prompt; split the prompts and store the last ones that are right.
+    """Draw `attempts` + 1 answers to each prompt, split the prompts, and store the last answers where they are right.
 
     Raises:
-      ValueError: when nothing is stored, or not enough is left to sample.
+      ValueError: if no answer is stored, or too few prompts are left to sample.
     """
     config, samples = parts.config, attempts + 1
     c = parts.step.composition

@@ -1,6 +1,6 @@
-"""The state of a checkpoint as it lies on the disk: its shapes and arrays, and restored where a run wants it.
+"""The state of a checkpoint on the disk: its shapes, its arrays, and its restoration onto the devices of a run.
 
-What is restored is compared by structure, shapes and dtypes with what is wanted, and by digests with what was written.
+A restored state is compared with the expected one by structure, shapes and dtypes, and with the written one by digests.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from jaxrl_llm.run.failures import in_short, passing, without_loose_ends
 
 
 def restore(directory: Path, step: int, like: Any, *, trained: Trained | None = None) -> Any:
-    """State of one step, placed as `like` is.
+    """The state of one step, on the same devices as `like`.
 
     Args:
       directory: the checkpoints directory.
       step: one of its steps.
       like: a state (or a tree of `jax.ShapeDtypeStruct`) of the same structure.
-      trained: of the model; where it is given, what is frozen of `like.params` becomes that of the result, and so has
-        to be the arrays themselves.
+      trained: of the model; if given, the frozen part of `like.params` becomes that of the result, so it has to consist
+        of arrays, not shapes.
 
     Raises:
       CheckpointError: when structure, shapes or dtypes differ; orbax alone would cast dtypes in silence.
@@ -60,7 +60,7 @@ def restore(directory: Path, step: int, like: Any, *, trained: Trained | None = 
 
 @contextlib.contextmanager
 def _read_whole(directory: Path, step: int) -> Iterator[None]:
-    """Raises Damaged where orbax fails at what was verified: in what it notes beside the arrays."""
+    """Raises Damaged if orbax fails although the arrays were verified: in the metadata beside them."""
     with without_loose_ends():
         try:
             yield
@@ -71,7 +71,7 @@ def _read_whole(directory: Path, step: int) -> Iterator[None]:
 
 
 def _require_written(directory: Path, step: int, restored: PyTree) -> None:
-    """Raises Damaged unless the arrays that this process has whole are what was written."""
+    """Raises Damaged unless the arrays that this process holds completely equal the written ones."""
     if recorded := read_digests(directory, step):
         here = {path: bits(leaf) for path, leaf in by_path(restored).items()}
         whole = {path: np.asarray(leaf) for path, leaf in here.items() if getattr(leaf, "is_fully_addressable", True)}
@@ -82,17 +82,17 @@ def _require_written(directory: Path, step: int, restored: PyTree) -> None:
 def restore_params(
     directory: Path, step: int, like: PyTree, *, trained: Trained | None = None, network: str = "policy"
 ) -> PyTree:
-    """The parameters of one network alone from a full checkpoint, whatever its optimiser was.
+    """The parameters of one network alone from a full checkpoint, with any optimiser.
 
     Args:
       directory: the checkpoints directory.
       step: one of its steps.
       like: parameters of the same structure, or their shapes.
       trained: of the model; as for `restore`.
-      network: whose parameters.
+      network: the network whose parameters are read.
 
     Raises:
-      CheckpointError: when it holds no such network, or when structure, shapes or dtypes differ from `like`.
+      CheckpointError: if the checkpoint holds no such network, or if structure, shapes or dtypes differ from `like`.
     """
     frozen = None
     if trained is not None:
@@ -108,7 +108,7 @@ def restore_part(directory: Path, step: int, like: PyTree, *, network: str = "po
       directory: the checkpoints directory.
       step: one of its steps.
       like: arrays of the same structure, or their shapes.
-      network: whose.
+      network: its name.
       part: which of the two.
 
     Raises:
@@ -142,7 +142,7 @@ def stored_shapes(directory: Path, step: int, within: str = "") -> PyTree:
     Args:
       directory: the checkpoints directory.
       step: one of its steps.
-      within: what is outside of this path may be left out.
+      within: entries outside of this path may be left out.
 
     Raises:
       CheckpointError: when there is none.
@@ -164,12 +164,12 @@ def stored_shapes(directory: Path, step: int, within: str = "") -> PyTree:
 
 
 def stored_arrays(directory: Path, step: int, shapes: PyTree) -> PyTree:
-    """Arrays of a written state on the host, as NumPy's; of `shapes`, from `stored_shapes`, placeholders are left."""
+    """Arrays of a written state on the host, as NumPy arrays; placeholders in `shapes` (from `stored_shapes`) stay."""
     return frozen_parts.all_arrays(_state_path(directory, step), named_apart(directory, step), shapes)
 
 
 def require_same(stored: PyTree, wanted: PyTree, where: str) -> None:
-    """Compare by path: the stored tree is made of dictionaries and lists, the wanted one of dataclasses.
+    """Compare by path: the stored tree consists of dictionaries and lists, the expected one of dataclasses.
 
     Raises:
       CheckpointError: for the first leaf that differs.

@@ -1,4 +1,4 @@
-"""Checkpoints tidied up by hand: deleted, or written anew."""
+"""Manual work on checkpoints: deleting them, or writing them again."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from jaxrl_llm.run import checkpoints, frozen, stored_states
 
 
 def prune(directory: Path, *, keep: int, keep_every_steps: int | None = None, within: Sequence[int] = ()) -> list[int]:
-    """Delete steps beside the newest `keep`, multiples of `keep_every_steps`, and those of `within`; returns them.
+    """Delete all steps except the newest `keep`, multiples of `keep_every_steps`, and those of `within`; returns the
+    deleted ones.
 
-    Frozen parameters that no step names any more go with them.
+    Frozen parameters that no remaining step names are deleted too.
     """
     there = checkpoints.steps(directory)
     kept = {*there[-keep:], *within, *(step for step in there if keep_every_steps and step % keep_every_steps == 0)}
@@ -25,13 +26,13 @@ def prune(directory: Path, *, keep: int, keep_every_steps: int | None = None, wi
 
 
 def converted(directory: Path, step: int, out: Path, *, network: str | None = None) -> Path:
-    """Write a step anew, with digests, as `out`/checkpoints/step beside its run's config.yaml.
+    """Write a step again, with digests, as `out`/checkpoints/step beside its run's config.yaml.
 
     Args:
       directory: the checkpoints directory.
       step: one of its steps, of this version of the package or an earlier one.
       out: a directory that is empty or does not exist.
-      network: write the parameters of this network alone, which can be read but not trained further; None writes all.
+      network: write only the parameters of this network, which can be read but not trained further; None writes all.
 
     Raises:
       ValueError: when `out` is not empty, or there is no such network.

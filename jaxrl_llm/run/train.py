@@ -1,4 +1,4 @@
-"""A whole run on the host: its stages one after the other, evaluated before and after; resumable at any step.
+"""A whole run on the host: its stages in order, with an evaluation before and after; resumable at any step.
 
 Everything random is addressed by (seed, step), the data position is the step, and the whole state is in the
 checkpoint, so a resumed run repeats the numbers of one that was never stopped.
@@ -63,12 +63,12 @@ def train(
     console: Console | None = None,
     steps_traced: StepTrace | None = None,
 ) -> dict[str, Any]:
-    """Run a config from start to final table, or go on with a run that was stopped.
+    """Run a config from start to final table, or resume a stopped run.
 
     Args:
-      config: what to run; on resuming it must decide the same numbers as the config of the run.
-      resume: go on from the newest checkpoint in `config.directory` that is what was written.
-      exact: refuse to go on from an earlier checkpoint where the newest is damaged.
+      config: config of the run; when resuming, its settings that affect numbers must equal those of the stored config.
+      resume: continue from the newest undamaged checkpoint in `config.directory`.
+      exact: refuse to continue from an earlier checkpoint if the newest is damaged.
       grace: seconds from the first signal to the end, whatever is under way; None waits for the end of the step.
       console: where progress is shown; None for standard output.
       steps_traced: what traces some of the steps; None for none.
@@ -119,14 +119,14 @@ def train(
 
 
 def _saying(console: Console) -> Callable[[str], None]:
-    """Prints a sentence as it is: no path in it is broken by a line's end, and no bracket is read as markup."""
+    """Prints a sentence unchanged: paths are not wrapped, and brackets are not read as markup."""
     return partial(console.print, soft_wrap=True, markup=False, highlight=False)
 
 
 def _train(
     config: Config, resume: bool, exact: bool, console: Console, interruption: Interruption, **shared: Any
 ) -> dict[str, Any]:
-    """`shared` is what all stages have beside the rest: attributes of `Run`."""
+    """`shared` holds the attributes of `Run` that all stages have in common."""
     started = time.monotonic()
     stages = [Stage(**described) for described in staged(config)]
     built = stages[-1].parts
@@ -171,7 +171,7 @@ def _train(
         raise ValueError("warm_start.stop_at_accuracy is set, but the data has no reference answers; leave it out")
     _require_same_data(config, meta, fingerprint_of(stages, sets, data))
     prompts = {stage.name: prompt_batches(stage.parts, sets[stage.name]["train"]) for stage in stages if stage.samples}
-    # What does not fit speaks now, not after the stages before.
+    # Errors of all stages are raised now, not after the earlier stages have run.
     rows = {stage.name: written_of(stage.parts, sets[stage.name]) for stage in stages}
     for split in ("validation", "test") if data else ():
         encoded(built, data[split])
@@ -208,7 +208,7 @@ def _train(
 
 
 def _require_same_data(config: Config, meta: dict[str, Any], fingerprint: Mapping[str, Any]) -> None:
-    """Raises CheckpointError where a run would go on with other files; notes those of a new run."""
+    """Raises CheckpointError if a run would be resumed with other files; records the files of a new run."""
     if meta.setdefault("data", fingerprint) != fingerprint:
         changed = [name for name in fingerprint | meta["data"] if fingerprint.get(name) != meta["data"].get(name)]
         raise checkpoints.CheckpointError(
@@ -218,7 +218,8 @@ def _require_same_data(config: Config, meta: dict[str, Any], fingerprint: Mappin
 
 
 def _require_traced(stage: Stage) -> None:
-    """Raises ValueError for sizes that cannot work, and for an early end by a number that the steps do not report."""
+    """Raises ValueError for sizes that cannot work, and for a stop condition on a metric that the steps do not
+    report."""
     trace(stage.parts)
     if stage.parts.config.training.stop_when is not None:
         require_metric(stage.name, stage.parts.config, metric_names(stage.parts))
@@ -244,7 +245,7 @@ def _run(
     newest: int | None,
     grade: Grader | None,
 ) -> dict[str, Any]:
-    """All stages that are left, from the one whose state was saved."""
+    """Run the remaining stages, from the one whose state was saved."""
     config, key, call = run.config, jax.random.key(run.config.seed), run.parts.call
     measure = measured_by(run, stages[-1].parts, grade, key)
     names = [stage.name for stage in stages]
@@ -296,14 +297,14 @@ def _run(
 
 
 def _with_optimizer_of(branch: BranchConfig, state: TrainState) -> TrainState:
-    """The state with the policy's optimiser as another run has it."""
+    """The state with the policy's optimiser state of another run."""
     at, policy = integrity.branch_checkpoint(branch.path, branch.step), state.networks["policy"]
     held = stored_states.restore_part(at.parent, int(at.name), policy.optimizer_state, part="optimizer_state")
     return replace(state, networks={**state.networks, "policy": replace(policy, optimizer_state=held)})
 
 
 def _carried(parts: Parts, held: Mapping[str, PyTree]) -> dict[str, PyTree]:
-    """Of the networks that earlier stages have left, those that this one goes on with, and does not make anew."""
+    """The networks of earlier stages that this stage continues with instead of initialising them."""
     networks = parts.step.composition.networks
     return {
         name: params
@@ -313,7 +314,7 @@ def _carried(parts: Parts, held: Mapping[str, PyTree]) -> dict[str, PyTree]:
 
 
 def _before(stages: Sequence[Stage], key: Any) -> tuple[TrainState | None, dict[str, PyTree]]:
-    """A state with the shape of the last one of these stages, and the networks that they leave."""
+    """A state with the shape of the last of these stages, and the networks that they pass on."""
     state, held = None, {}
     for stage in stages:
         given = _carried(stage.parts, held)
@@ -325,7 +326,7 @@ def _before(stages: Sequence[Stage], key: Any) -> tuple[TrainState | None, dict[
 
 
 def _stored(run: Run, stage: Stage, params: Any, key: Any, fresh: bool) -> StoredAnswers | None:
-    """Answers of the policy that the stage starts from, made or read back; None where no source asks for them."""
+    """Stored answers of the stage's initial policy, made or read; None if no source needs them."""
     wanted = next((feed.stored for feed in stage.parts.feeds if feed.stored), None)
     if wanted is None:
         return None
@@ -346,7 +347,7 @@ def _stored(run: Run, stage: Stage, params: Any, key: Any, fresh: bool) -> Store
 
 
 def _ended(run: Run, state: TrainState, measure: Callable) -> dict[str, Any]:
-    """The run after its last stage: measured, summed up, shown."""
+    """After the last stage: evaluate the run, and write and print its summary."""
     after = measure(state.params, "test", run.config.evaluation.problems, "evaluation after")
     summary = summary_of(run, after)
     run.directory.write_summary(summary)

@@ -1,6 +1,6 @@
-"""Code that may hang, crash or do harm: in processes of its own, with limits, and in isolation where a model wrote it.
+"""Execution of functions and untrusted code in separate processes, with limits and isolation.
 
-This room imports nothing of jax: its processes start in the time that Python takes.
+This package does not import jax, so its processes start as fast as Python.
 """
 
 from __future__ import annotations

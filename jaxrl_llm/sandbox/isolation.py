@@ -1,11 +1,11 @@
-"""What the kernel offers to keep code away from files, network and other processes, entered from within a process.
+"""Kernel mechanisms that isolate a process from files, network and other processes.
 
     namespaces   a root of its own with Python alone in it, a network without interfaces, processes that see only theirs
     landlock     files other than those listed are refused; signals reach no process outside
     seccomp      system calls that ordinary programs do not need (sockets, ptrace, mounts, ...) end the process
     user         started by root, code runs as a user that owns nothing, so that a bound on processes binds
 
-All of it is asked of the kernel directly; it needs no privilege where user namespaces are allowed, and no package.
+They are used through system calls, without packages; no privilege is needed where user namespaces are allowed.
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ _DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom"
 
 
 class SandboxError(ValueError):
-    """There is not the isolation that was asked for, or it could not be set up."""
+    """The requested isolation is not available, or could not be set up."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one run of a program may use.
+    """Limits of one run of a program.
 
     Attributes:
-      seconds: from its start to its end; of each process's CPU, too.
-      memory_bytes: address space of each process, and memory of all together.
-      file_bytes: of each file; all together may have four times as many where there are namespaces.
-      output_bytes: of standard output, and of standard error.
-      processes: processes and threads at once.
+      seconds: wall-clock time from start to end; also the CPU time of each process.
+      memory_bytes: address space of each process, and memory of all processes together.
+      file_bytes: size of each file; with namespaces all files together may have four times as much.
+      output_bytes: size of standard output, and of standard error.
+      processes: number of simultaneous processes and threads.
     """
 
     seconds: float = 5.0
@@ -64,7 +64,7 @@ class Limits:
 
 # ---- what there is --------------------------------------------------------------------------------------------------
 
-# What code that a model wrote must be kept from, and what keeps it: one of these sets of facilities is enough.
+# Resource -> alternative sets of facilities, each of which protects it.
 _KEEPS = {
     "your files": ({"namespaces"}, {"landlock"}),
     "the network": ({"namespaces"}, {"seccomp"}),
@@ -73,7 +73,7 @@ _KEEPS = {
 
 
 def missing(found: Collection[str]) -> list[str]:
-    """What these facilities do not keep code from.
+    """The resources that these facilities do not protect.
 
     >>> missing({"landlock", "seccomp"})
     ['other processes']
@@ -83,9 +83,9 @@ def missing(found: Collection[str]) -> list[str]:
 
 @functools.cache
 def facilities() -> frozenset[str]:
-    """What works here: some of namespaces, landlock, landlock signals, seccomp, user.
+    """The working facilities: some of namespaces, landlock, landlock signals, seccomp, user.
 
-    Each is tried in a process that ends at once. It is called where no other thread runs.
+    Each is tested in a short-lived process. Must be called in a single-threaded process.
     """
     tries: dict[tuple[str, ...], Callable[[], object]] = {
         ("namespaces", "user"): lambda: entered({"namespaces", "user"}),
@@ -130,20 +130,20 @@ def entered(
     report: int | None = None,
     lasting: bool = False,
 ) -> str:
-    """Go on in a child of this process that is isolated; this process waits for it and ends as it does.
+    """Continue in an isolated child of this process; this process waits for it and exits with its status.
 
     Args:
       using: facilities.
-      limits: of each process; None sets none.
-      folder: that may be written to, where there are no namespaces; with them it is a new one in memory.
-      lasting: it serves more than one call, so that its CPU seconds and address space are not bounded here.
+      limits: of each process; None: no limits.
+      folder: the writable folder without namespaces; with them it is a new one in memory.
+      lasting: the process serves several calls, so CPU time and address space are not limited here.
       report: file descriptor to which {"status": wait status of the child} is written as a line of JSON.
 
     Returns:
-      The folder that may be written to.
+      The writable folder.
 
     Raises:
-      OSError: where the kernel refuses a facility.
+      OSError: if the kernel refuses a facility.
     """
     parents = [os.getppid(), os.getpid()]
     if "namespaces" in using:
@@ -154,7 +154,7 @@ def entered(
     _in_child(report, first="namespaces" in using)
     os.chdir(folder if os.path.isdir(folder) else "/")
     if limits is not None:
-        # Of a user namespace and of a user of their own processes are counted from none.
+        # In a new user namespace, or as a new user, the process count starts at 0.
         beside = 0 if {"namespaces", "user"} & {*using} else _tasks_of(os.getuid())
         _limited(limits, beside, lasting=lasting)
     if "user" in using:
@@ -168,19 +168,19 @@ def entered(
     if "namespaces" in using and "user" not in using:
         _without_capabilities()
     if "seccomp" in using:
-        # The kernel counts no processes of root.
+        # The kernel does not count processes of root.
         filtered(parents, forks="user" in using or os.getuid() != 0)
     return folder
 
 
 def die_with_parent() -> None:
-    """Linux kills this process when the thread that has started it is gone, whatever it is doing."""
+    """Make Linux kill this process when the thread that started it ends."""
     if sys.platform == "linux":
         libc.prctl(1, signal.SIGKILL)
 
 
 def adopt_orphans() -> None:
-    """On Linux, processes below this one whose parents end become its children, and not those of process 1."""
+    """On Linux, make orphaned descendants children of this process instead of process 1."""
     if sys.platform == "linux":
         libc.prctl(36, 1)
 
@@ -193,13 +193,13 @@ def _in_child(report: int | None, *, first: bool = False) -> None:
         return
     try:
         if sys.platform == "linux":
-            prctl(4, 0)  # nobody of the same user traces it
+            prctl(4, 0)  # no process of the same user can trace it
         pid = None
-        while pid != child:  # orphans come to the first process of a namespace
+        while pid != child:  # orphans become children of the first process of a namespace
             pid, status = os.wait()
         if first and os.getpid() == 1:
             with contextlib.suppress(OSError):
-                os.kill(-1, signal.SIGKILL)  # nobody else is to write a report
+                os.kill(-1, signal.SIGKILL)  # only this process may write a report
         if report is not None:
             os.write(report, b"\n" + json.dumps({"status": status}).encode() + b"\n")
         code = os.waitstatus_to_exitcode(status)
@@ -236,7 +236,7 @@ def _limited(limits: Limits, beside: int, *, lasting: bool) -> None:
 
 
 def _nobody(number: int) -> int:
-    """An id that owns nothing, another one for each run, as processes are counted by user."""
+    """An unused user id, different for each run, since processes are counted per user."""
     return 1 << 30 | number
 
 
@@ -247,7 +247,7 @@ def _as_nobody(user: int = _nobody(0)) -> None:
     os.setresgid(user, user, user)
     os.setresuid(user, user, user)
     if not os.access(os.__file__, os.R_OK):
-        raise PermissionError("Python lies where only root reads it")
+        raise PermissionError("Python is installed where only root can read it")
 
 
 def _new_namespaces(*, as_root: bool) -> None:
@@ -260,7 +260,7 @@ def _new_namespaces(*, as_root: bool) -> None:
 
 
 def _own_root(limits: Limits, owner: int) -> None:
-    """A root with Python alone in it, read-only, and one folder in memory that `owner` may write to (0: this user)."""
+    """Enter a read-only root with only Python, and one folder in memory writable by `owner` (0: this user)."""
     paths = readable()
     _mount("none", "/", "", _RECURSIVE | _PRIVATE)
     _mount("tmpfs", "/tmp", "tmpfs", _NO_SUID | _NO_DEV, "size=1m,mode=755")
@@ -313,7 +313,7 @@ _READ_WRITE_FILE = 1 << 1 | 1 << 2
 
 
 def _landlocked(paths: Sequence[str], folder: str, *, signals: bool) -> None:
-    """Files outside of these paths (to read) and the folder (to write) are refused from now on."""
+    """From now on refuse access to files outside of these paths (to read) and the folder (to write)."""
     version = call("landlock_create_ruleset", None, 0, 1)
     if signals and version < 6:
         raise OSError("this landlock has no scope of signals")

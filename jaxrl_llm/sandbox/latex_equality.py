@@ -1,4 +1,4 @@
-"""What the process of `latex_match` computes; it is imported there alone, as math-verify takes long to import."""
+"""The function of the process of `latex_match`; imported only there, since math-verify is slow to import."""
 
 from __future__ import annotations
 
@@ -6,6 +6,6 @@ from math_verify import parse, verify  # the extra math
 
 
 def equal(answer: str, said: str) -> bool | None:
-    """Whether two pieces of LaTeX are the same mathematics; None where the first is none."""
+    """Whether two LaTeX expressions are mathematically equal; None if the first cannot be parsed."""
     gold, target = parse(f"${answer}$"), parse(f"${said}$")
     return bool(target and verify(gold, target)) if gold else None

@@ -1,4 +1,4 @@
-"""Programs that a model wrote: run in isolation, with limits and a verdict."""
+"""Runs programs written by a model in isolation, with limits and a verdict."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ _told = set[frozenset[str]]()
 
 
 class Program(NamedTuple):
-    """A program and how it is run.
+    """A program and its inputs.
 
     Attributes:
       source: Python.
       stdin: text of its standard input.
-      tests: Python that is run behind it, in its names; it raises where something is wrong.
-      call: (name, arguments): a function of the program, or a method of its class Solution, that is called with them.
-        Arguments and value are as in JSON.
+      tests: Python code that is run after it in its namespace; it raises if a test fails.
+      call: (name, arguments): a function of the program, or a method of its class Solution, to call with these
+        arguments. Arguments and result are JSON values.
     """
 
     source: str
@@ -45,7 +45,7 @@ class Program(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What became of a program.
+    """The outcome of a program.
 
     Attributes:
       verdict: "pass": it ended by itself with status 0, its tests run to their end. "fail": a test raised
@@ -54,7 +54,7 @@ class Outcome(NamedTuple):
         output, or leaving before its tests have ended.
       detail: one line; empty for "pass".
       stdout, stderr: text.
-      value: what the call returned.
+      value: result of the call.
       seconds: from start to end.
     """
 
@@ -68,7 +68,7 @@ class Outcome(NamedTuple):
 
 @functools.cache
 def facilities() -> frozenset[str]:
-    """What isolates programs here: some of namespaces, landlock, landlock signals, seccomp, user."""
+    """The working facilities for programs: some of namespaces, landlock, landlock signals, seccomp, user."""
     (found,) = _runners("facilities", [()], _SETUP_SECONDS)
     if found.error is not None:
         raise SandboxError(f"the process that runs programs {found.error}")
@@ -76,14 +76,14 @@ def facilities() -> frozenset[str]:
 
 
 def require_isolation(using: frozenset[str] | None = None, remedy: str = "") -> None:
-    """Refuse to run code that a model wrote where nothing isolates it.
+    """Raise SandboxError if code cannot be isolated.
 
     Args:
-      using: facilities; None takes those of this machine.
+      using: facilities; None: those of this machine.
       remedy: what to do instead; "" names allow_unisolated.
 
     Raises:
-      SandboxError: naming what it is not kept from.
+      SandboxError: naming the unprotected resources.
     """
     if lacking := missing(facilities() if using is None else using):
         raise SandboxError(
@@ -100,19 +100,19 @@ def run_programs(
     allow_unisolated: bool = False,
     without: frozenset[str] | set[str] = frozenset(),
 ) -> list[Outcome | None]:
-    """Run programs that a model wrote, as many at once as there are cores.
+    """Run programs written by a model, one per core at a time.
 
     Args:
-      programs: what is run, each in a process and an empty folder of its own.
-      limits: of each; None takes `Limits()`.
-      allow_unisolated: run them where something is missing that keeps them from files, network or other processes.
-      without: facilities that are not used.
+      programs: the programs; each runs in a separate process and an empty folder.
+      limits: of each; None: `Limits()`.
+      allow_unisolated: run them even if files, network or other processes are not protected.
+      without: facilities not to use.
 
     Returns:
-      One outcome a program; None where the sandbox itself has failed.
+      One outcome per program; None if the sandbox itself failed.
 
     Raises:
-      SandboxError: where there is no isolation, unless that is allowed.
+      SandboxError: without isolation, unless allowed.
 
     >>> [outcome] = run_programs([Program("print(6 * 7)")], allow_unisolated=True)
     >>> outcome.verdict, outcome.stdout
@@ -135,7 +135,7 @@ def run_programs(
 
 def _outcome(told: Mapping[str, Any], program: Program) -> Outcome | None:
     if told["setup"] is not None and told["status"] is None and told["ended"] is None:
-        return None  # what has been started has a status, and may have written anything
+        return None  # a started program has a status, and may have written anything
     value, (verdict, detail) = None, _verdict(told, program)
     if verdict == "pass" and program.call is not None:
         try:
@@ -174,12 +174,12 @@ def _verdict(told: Mapping[str, Any], program: Program) -> tuple[Verdict, str]:
 def python_tool(
     code: str, *, limits: Limits | None = None, most_characters: int = 2000, allow_unisolated: bool = False
 ) -> str:
-    """What a tool that runs Python answers: what the code prints, then what has ended it; for a policy to read.
+    """The answer of a Python tool: the output of the code, then its error, if any.
 
     Args:
-      code: Python, that starts from nothing each time.
+      code: Python code, run in a new process each time.
       limits: as for `run_programs`.
-      most_characters: of the answer; its middle is left out beyond.
+      most_characters: longest answer; the middle of a longer one is left out.
       allow_unisolated: as for `run_programs`.
 
     >>> python_tool("print(6 * 7); 1 / 0", allow_unisolated=True)

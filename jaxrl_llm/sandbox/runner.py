@@ -1,6 +1,6 @@
-"""The process that runs programs: each in a fork of it, isolated, watched from outside, with nothing of the last one.
+"""The process that runs programs: each in an isolated and supervised fork.
 
-A fork costs less than an interpreter that starts, so isolation does not make programs slow.
+A fork is faster than the start of an interpreter, so isolation does not slow programs down.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _LOOK_SECONDS = 0.1
 
 
 def run(source: str, limits: Limits, using: Collection[str], job: Mapping[str, Any]) -> dict[str, Any]:
-    """Run a program, and say what became of it.
+    """Run a program and report its outcome.
 
     Args:
       source: Python.

@@ -32,12 +32,12 @@ capset 126 91, fork 57 -, vfork 58 -, clone 56 220, clone3 435 435, pivot_root 1
 landlock_create_ruleset 444 444, landlock_add_rule 445 445, landlock_restrict_self 446 446
 """
 _SIGNALS = "kill 62 129, tkill 200 130, tgkill 234 131, rt_sigqueueinfo 129 138, rt_tgsigqueueinfo 297 240"
-# What a process may do to itself alone (first argument 0), as it reaches all processes of its user.
+# Calls allowed only on the process itself (first argument 0), since they can affect all processes of its user.
 _OWN = """
 prlimit64 302 261, sched_setaffinity 203 122, sched_setscheduler 144 119, sched_setparam 142 118, sched_setattr 314 274
 """
 _MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
-_LAST_CALL = 462  # later ones are not known here: they do not exist
+_LAST_CALL = 462  # later ones are refused as not existing
 _NEW_ANY = 0x7E020000  # every CLONE_NEW... that clone takes
 _THREAD = 0x10000
 _KILL, _ALLOW, _NOT_PERMITTED, _NOT_NOW, _NOT_THERE = 0x80000000, 0x7FFF0000, 0x50001, 0x5000B, 0x50026

@@ -1,7 +1,7 @@
-"""What the process that renders chat templates computes, in jinja2's immutable sandbox.
+"""The functions of the process that renders chat templates, in jinja2's immutable sandbox.
 
-A template may loop for ever, double a text forty times, or ask for an indent of a billion spaces: one that takes more
-than `SECONDS` of computing ends the process, and `MOST_BYTES` is all the memory that the process gets.
+A template may loop for ever, double a text forty times, or indent by a billion spaces: the process ends after `SECONDS`
+of CPU time, and its memory is limited to `MOST_BYTES`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def environment() -> Any:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(Extension):
-        """`{% generation %}` marks what an assistant said; here it is a plain block, since masks come from lengths."""
+        """`{% generation %}` marks assistant text; here it is a plain block, since masks come from lengths."""
 
         tags = {"generation"}
 
@@ -70,7 +70,7 @@ def limit_memory() -> None:
 
 
 def rendered(source: str, variables: dict[str, Any], date: datetime.date) -> dict[str, Any]:
-    """{text}, or {error}, with {line} where the template itself is wrong; to be called in a process of its own.
+    """{text}, or {error}, with {line} for an error in the template itself; to be called in a separate process.
 
     Args:
       source: text of the template.
@@ -79,7 +79,7 @@ def rendered(source: str, variables: dict[str, Any], date: datetime.date) -> dic
     """
     environment()
     limit_memory()
-    # Computing time, not that of the clock: what else the machine does must not decide. SIGPROF ends a process.
+    # CPU time, not wall-clock time, so that other load does not matter. SIGPROF ends the process.
     signal.setitimer(signal.ITIMER_PROF, SECONDS)
     try:
         return _rendered(source, variables | {"strftime_now": date.strftime})

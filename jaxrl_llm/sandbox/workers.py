@@ -1,8 +1,8 @@
-"""The one way in which functions are called in other processes: with deadlines and limits, and killed as a group.
+"""Calls of functions in other processes, with deadlines and limits; processes are killed with their descendants.
 
-Each process leads a session of its own, and what it starts stays below it in the tree of processes, daemons included;
-so nothing outlives it. Requests and answers go through a socket; an isolated process answers in plain data only, as
-what it sends must not run code here.
+Each process leads its own session, and all its descendants, daemons included, stay below it in the process tree, so
+none survives it. Requests and answers are sent through a socket; an isolated process answers only in plain data, since
+its messages must not execute code here.
 """
 
 from __future__ import annotations
@@ -40,18 +40,18 @@ from jaxrl_llm.sandbox.isolation import (
     missing,
 )
 
-START_SECONDS = 120.0  # in which a process imports what it needs, before any deadline counts
-END_SECONDS = 5.0  # in which a process ends that has closed its connection
+START_SECONDS = 120.0  # seconds for the imports of a process, before deadlines count
+END_SECONDS = 5.0  # seconds for a process to end after closing its connection
 MOST_OUTPUT = 16 << 20  # bytes that output may take on the disk
 MOST_ANSWER = 256 << 20  # bytes of one answer of an isolated process
 UNBUFFERED = {"PYTHONUNBUFFERED": "1"}
-# What code that a model wrote may see of the environment.
+# Environment variables passed to isolated processes.
 BARE = UNBUFFERED | {"PATH": os.defpath, "HOME": FOLDER, "TMPDIR": FOLDER, "LANG": "C.UTF-8", "PYTHONHASHSEED": "0"}
 BARE |= {f"{library}_NUM_THREADS": "1" for library in ("OMP", "OPENBLAS", "MKL")} | {"JAX_PLATFORMS": "cpu"}
-_LOOK_SECONDS = 0.1  # between two looks at memory and output
-_STALL_SECONDS = 60  # that a process may stop in the middle of an answer
+_LOOK_SECONDS = 0.1  # seconds between two checks of memory and output
+_STALL_SECONDS = 60  # seconds that a process may pause in the middle of an answer
 _MAIN = threading.main_thread()
-# What an isolated process may answer with, beside plain data.
+# Types allowed in answers of isolated processes, beside plain data.
 _PLAIN = {
     *(("numpy", name) for name in ("dtype", "ndarray")),
     *((f"numpy.{core}.multiarray", name) for core in ("core", "_core") for name in ("_reconstruct", "scalar")),
@@ -61,14 +61,14 @@ _PLAIN = {
 
 
 class Returned(NamedTuple):
-    """What became of a call.
+    """The outcome of a call.
 
     Attributes:
-      value: what the function returned.
-      error: why there is no value, as a predicate ("raised KeyError: ..."); None where it returned.
-      late: it had not returned at its deadline.
-      ended: the process of the call is no more.
-      crashed: it ended by itself.
+      value: result of the function.
+      error: reason for a missing value, as a predicate ("raised KeyError: ..."); None if it returned.
+      late: whether it exceeded its deadline.
+      ended: whether the process of the call has ended.
+      crashed: whether it ended by itself.
     """
 
     value: Any = None
@@ -80,18 +80,18 @@ class Returned(NamedTuple):
 
 @dataclass(eq=False)
 class Workers:
-    """Processes that call functions; they start when they are needed first, and end with `close` or with this process.
+    """Processes that call functions; they start at the first call, and end with `close` or with this process.
 
     Attributes:
-      functions: by name. They pickle, as top-level functions of a module do, or are given as "module:function", which
-        is imported in the other process alone.
-      workers: calls at once, each in a process.
-      memory_bytes: that a process and those that it starts may use together; None takes half of what is free.
-      log: file that their output and tracebacks are appended to; None drops them.
-      stop: raises what the caller wants to end with instead of waiting for an answer.
-      environment: its variables; None takes those of this process, but leaves the devices to it.
-      isolated: the processes give up files, network and all other processes once they have imported their functions.
-        An answer is plain data then: numbers, text, arrays, lists, dictionaries.
+      functions: by name. They must be picklable, like top-level functions of a module, or "module:function", which is
+        imported only in the other process.
+      workers: number of simultaneous calls, each in a process.
+      memory_bytes: memory limit of a process with its descendants; None: half of the free memory.
+      log: file for their output and tracebacks, which are appended; None discards them.
+      stop: called while waiting for an answer; may raise to abort.
+      environment: environment variables; None: those of this process, but without access to the devices.
+      isolated: the processes lose access to files, network and other processes after importing their functions. Answers
+        must be plain data: numbers, text, arrays, lists, dictionaries.
 
     Raises:
       ValueError: for functions that cannot be sent to another process.
@@ -117,20 +117,20 @@ class Workers:
             raise ValueError(f"{', '.join(self.functions)} cannot be sent to a process: {error}") from error
 
     def __call__(self, name: str, calls: Sequence[tuple[Any, ...]], seconds: float) -> list[Returned]:
-        """What becomes of each call, in order.
+        """The outcome of each call, in order.
 
         Args:
           name: of the function.
           calls: its arguments.
-          seconds: that each may take from when it begins; the process of one that takes longer is killed.
+          seconds: longest duration of each call from its start; the process of a longer call is killed.
 
         Raises:
-          ValueError: where a process does not start.
+          ValueError: if a process does not start.
         """
         with self._one_at_a_time:
             try:
                 return self._called(name, calls, seconds)
-            except BaseException:  # whose answer would be taken for that of the next call
+            except BaseException:  # its answer would be mistaken for that of the next call
                 self.close()
                 raise
 
@@ -145,10 +145,12 @@ class Workers:
                 try:
                     request = pickle.dumps((name, calls[number]))
                 except Exception as error:
-                    results[number] = Returned(error=f"was not called, as its arguments do not pickle: {_told(error)}")
+                    results[number] = Returned(
+                        error=f"was not called, as its arguments cannot be pickled: {_told(error)}"
+                    )
                     idle.append(process)
                     continue
-                with contextlib.suppress(OSError):  # it is gone: there will be no answer
+                with contextlib.suppress(OSError):  # the process has ended: there will be no answer
                     process.pipe.send_bytes(request)
                 busy[process.pipe] = process, number, time.monotonic()
             until = min((since + seconds for _, _, since in busy.values()), default=0.0)
@@ -173,7 +175,7 @@ class Workers:
         return results
 
     def _ready(self, count: int, *, anew: bool = False) -> list[_Process]:
-        """So many processes that have imported their functions; beside those that are there, where `anew`."""
+        """This number of processes that have imported their functions; with `anew`, in addition to existing ones."""
         for process in [] if anew else [each for each in self._processes if has_ended(each.process.pid)]:
             process.end()  # it has ended between two calls
             self._processes.remove(process)
@@ -185,7 +187,7 @@ class Workers:
         return [*there, *started]
 
     def close(self) -> None:
-        """End the processes and whatever they have started."""
+        """End the processes and their descendants."""
         while self._processes:
             self._processes.pop().end()
 
@@ -196,7 +198,7 @@ class _Process:
     def __init__(self, pickled: bytes, of: Workers):
         self.log: IO[bytes] | None = None
         if of.log is not None:
-            with contextlib.suppress(OSError):  # a full disk is noticed by whoever writes the run
+            with contextlib.suppress(OSError):  # a full disk is reported by the writer of the run
                 of.log.parent.mkdir(parents=True, exist_ok=True)
                 self.log = open(of.log, "ab", buffering=0)  # noqa: SIM115
         self.memory = of.memory_bytes or psutil.virtual_memory().available // 2
@@ -246,13 +248,13 @@ class _Process:
             time.sleep(0.002)
         if not has_ended(self.process.pid):
             return "had closed its connection"
-        killed_with_descendants(self.process.pid)  # before its number may become another's
+        killed_with_descendants(self.process.pid)  # before its pid can be reused
         code = self.process.wait()
         number = -code if code < 0 else code - 128 if self.plain else 0  # an isolated one is the child of a child
         return f"was killed by {signal_name(number)}" if number > 0 else f"ended with status {code}"
 
     def looked_at(self) -> Returned | None:
-        """Whether it has to be ended; its descendants, which take longer to see, are looked at each tenth time."""
+        """Whether it must be ended; its descendants, which are slower to find, are checked every tenth time."""
         self.looks += 1
         self.cut_output()
         if (used := memory_of(self.process.pid, whole=self.looks % 10 == 0)) > self.memory:
@@ -268,7 +270,7 @@ class _Process:
                     self.log.write(f"(the first {MOST_OUTPUT >> 20} MiB of output were dropped)\n".encode())
 
     def end(self) -> None:
-        """Kill it and what it has started."""
+        """Kill it and its descendants."""
         if self.process.returncode is None:
             killed_with_descendants(self.process.pid)
             self.process.wait()
@@ -278,12 +280,12 @@ class _Process:
 
 
 def signal_name(number: int) -> str:
-    """Of a signal, among them those that have only a number."""
+    """The name of a signal, or its number if it has no name."""
     return signal.Signals(number).name if number in {*signal.Signals} else f"signal {number}"
 
 
 def has_ended(child: int) -> bool:
-    """Whether a child of this process has ended; its number is its own until it is waited for."""
+    """Whether a child of this process has ended; its pid is not reused until it is waited for."""
     try:
         return psutil.Process(child).status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -291,10 +293,10 @@ def has_ended(child: int) -> bool:
 
 
 def killed_with_descendants(pid: int, *, itself: bool = True) -> None:
-    """Kill a process that leads a group, and all that it has started, whatever group that has gone to."""
+    """Kill a group leader and all of its descendants, also those in other groups."""
     with contextlib.suppress(psutil.Error):
         leader = psutil.Process(pid)
-        for _ in range(100):  # some may be started while others are killed; the leader, stopped, adopts them
+        for _ in range(100):  # new ones may be started while others are killed; the stopped leader adopts them
             if itself:
                 leader.suspend()
             living = [each for each in leader.children(recursive=True) if each.status() != psutil.STATUS_ZOMBIE]
@@ -327,7 +329,7 @@ def _plain(data: bytes) -> tuple[Any, str | None]:
     class Reader(pickle.Unpickler):
         def find_class(self, module: str, name: str) -> Any:
             if (module, name) not in _PLAIN:
-                raise pickle.UnpicklingError(f"{module}.{name} is no plain data, which is all that is taken from there")
+                raise pickle.UnpicklingError(f"{module}.{name} is not plain data, the only allowed type")
             return super().find_class(module, name)
 
     value, error = Reader(io.BytesIO(data)).load()
@@ -342,9 +344,9 @@ def _told(error: BaseException) -> str:
 
 
 def serve(file: int, of_main_thread: bool, isolated: bool) -> None:
-    """The life of the process: requests in, answers out, until the socket closes."""
+    """Main loop of the process: read requests and send answers until the socket closes."""
     adopt_orphans()
-    if of_main_thread:  # Linux would end it with the thread that has started it
+    if of_main_thread:  # Linux would end it with the thread that started it
         die_with_parent()
     pipe = Connection(file)
     try:
@@ -369,12 +371,14 @@ def serve(file: int, of_main_thread: bool, isolated: bool) -> None:
         try:
             data = pickle.dumps(answer)
         except Exception as error:
-            data = pickle.dumps((None, f"returned what does not pickle, so its process cannot send it: {_told(error)}"))
+            data = pickle.dumps(
+                (None, f"returned a value that cannot be pickled, so its process cannot send it: {_told(error)}")
+            )
         pipe.send_bytes(data)
 
 
 def _isolate(file: int) -> None:
-    """Go on in an isolated process that has nothing open but its socket and its output."""
+    """Continue in an isolated process whose only open files are its socket and its output."""
     if lacking := missing(found := facilities()):
         raise SandboxError(f"nothing here keeps a function from {' and '.join(lacking)}")
     child = os.fork()  # namespaces are entered by a process with one thread, and imports may have started others

@@ -1,8 +1,8 @@
-"""Schedules: coefficients and temperatures that change with the steps, or follow what happened.
+"""Schedules: coefficients and temperatures as functions of the step or of measured metrics.
 
-A function of `step`, or a controller: a `Method` over the metrics of a batch. In a recipe it stands where a number
-would: `coefficient: {adaptive_kl: {...}}`. One whose value is a field of rows stands in credit: `rewards:
-{implicit_blend: {...}}`.
+A schedule is a function of `step`, or a controller: a `Method` over the metrics of a batch. A recipe writes it in the
+place of a number: `coefficient: {adaptive_kl: {...}}`. A method whose value is a field of rows is an entry of credit:
+`rewards: {implicit_blend: {...}}`.
 """
 
 from __future__ import annotations

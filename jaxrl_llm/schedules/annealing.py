@@ -19,7 +19,7 @@ def annealed_share(
     least: Share = 0.5,
     complement: bool = False,
 ) -> Float[Array, ""]:
-    """Coefficient of one anchor of a convex combination whose share of the reference falls with the steps.
+    """Coefficient of one of two anchors in a convex combination; the share of the reference falls with the steps.
 
         share = max(1 - drop * ceil(max(step - start_step, 0) / steps_per_drop), least)
         coefficient = scale * (1 - share) if `complement`, else scale * share
@@ -28,16 +28,16 @@ def annealed_share(
       step: updates made so far.
       scale: coefficient of the whole combination.
       start_step: step up to which the share is 1.
-      steps_per_drop: steps between two drops.
-      drop: how much the share falls each time.
-      least: where it stops.
-      complement: the coefficient of the other anchor.
+      steps_per_drop: steps between two decreases of the share.
+      drop: amount of each decrease.
+      least: smallest share.
+      complement: return the coefficient of the other anchor.
 
     Returns:
       A coefficient for a loss term.
 
     Raises:
-      ValueError: for a share outside [0, 1], or drops that are not positive or not apart.
+      ValueError: for a hyper-parameter out of range.
 
     Reference: ReMix (2507.06892).
     Certainty: recalled
@@ -65,7 +65,7 @@ def two_phase_decay(step: Int[Array, ""], *, total_steps: Count = 150, scale: No
       The coefficient of this step.
 
     Raises:
-      ValueError: for a run of less than two steps.
+      ValueError: for a run of fewer than two steps.
 
     Reference: EPO (2509.22576).
     Certainty: verified
@@ -81,12 +81,15 @@ def two_phase_decay(step: Int[Array, ""], *, total_steps: Count = 150, scale: No
 
 @ranged
 def every_other(step: Int[Array, ""] | int, *, phase: Natural = 0, period: Count = 2) -> Float[Array, ""]:
-    """A coefficient that is 1 in one step of so many and 0 in the others: losses that take turns.
+    """A coefficient that is 1 in one step of every `period` and 0 in the others, for losses that alternate.
 
     Args:
       step: updates made so far.
-      phase: which one of them, from 0.
-      period: steps of a turn.
+      phase: index of that step within the period, from 0.
+      period: steps of one cycle.
+
+    Returns:
+      1.0 or 0.0, a scalar.
 
     >>> [float(every_other(step, phase=1)) for step in range(4)]
     [0.0, 1.0, 0.0, 1.0]

@@ -1,4 +1,4 @@
-"""Bilevel learning: the gradient of an outer objective through what an inner problem's solution does."""
+"""Bilevel learning: the gradient of an outer objective through the solution of an inner problem."""
 
 from __future__ import annotations
 
@@ -31,21 +31,22 @@ def implicit_gradient(
 
         g = d upper / d outer - (d2 lower / d inner d outer)^T H^-1 (d upper / d inner),   H = d2 lower / d inner2
 
-    H is never formed: a conjugate gradient with Hessian-vector products solves for it. BaRFi blends auxiliary rewards
-    by it (`upper` is the return of the primary reward). PARL learns a reward from preferences on pairs of the policy
-    that is best under it; the first term alone is ordinary reward learning.
+    H is never formed: conjugate gradients solve the linear system with Hessian-vector products. BaRFi uses g to learn
+    the weights of auxiliary rewards (`upper` is the return of the primary reward). PARL learns a reward from
+    preferences on pairs that the optimal policy of that reward samples; the first term alone is ordinary reward
+    learning.
 
     Args:
-      lower: (outer, inner) -> what the inner problem maximises, concave near its solution: with a pull to 0 such as
-        - lam / 2 * |inner|^2, without which a softmax policy has a direction that changes nothing.
-      upper: (outer, inner) -> what the outer problem is about.
-      outer: such as the parameters of a reward.
-      inner: the solution of the inner problem, or near it: elsewhere the gradient is biased.
-      iterations: of the conjugate gradient, at most.
+      lower: (outer, inner) -> the objective that the inner problem maximises, concave near its solution. Include a
+        penalty such as - lam / 2 * |inner|^2: without it H is singular for a softmax policy.
+      upper: (outer, inner) -> the outer objective.
+      outer: variables of the outer problem, such as the parameters of a reward.
+      inner: an approximate solution of the inner problem; the gradient is biased by its error.
+      iterations: most iterations of conjugate gradients.
       damping: added to the diagonal of -H.
 
     Returns:
-      (the gradient, the norm of the inner gradient, which says how far `inner` is from a solution).
+      (the gradient, shaped like `outer`; the norm of d lower / d inner, which is 0 at a solution).
 
     Reference: BaRFi (2310.19007); PARL (2308.02585).
     Certainty: recalled
@@ -76,7 +77,7 @@ def implicit_blend(
     every_steps: Count = 1,
     inner_steps: Count = 200,
 ) -> Method:
-    """Rewards that are blended with weights which learn, by the implicit gradient, inside of the step.
+    """A weighted sum of rewards whose weights are learned by the implicit gradient, once per step.
 
         r_phi = sum_k phi_k r_k
         inner   theta* = argmax over theta of mean over prompts of sum_i p_i r_phi,i - pull / 2 |theta|^2
@@ -85,42 +86,42 @@ def implicit_blend(
         preferences   phi falls along d/dphi of the mean of sum_ij p_i p_j x_ij at theta*,
                       x_ij = cross-entropy of sigmoid(r_phi,i - r_phi,j) against sigmoid(r_primary,i - r_primary,j)
 
-    The inner problem is small: what the policy would turn to among its own samples, if it could move along its hidden
-    states f. So one step holds samples, the inner solution and the outer gradient. `return` is BaRFi: an auxiliary
-    reward that leads away from the primary one loses its weight, even below 0. `preferences` is PARL: the primary
-    reward labels pairs of samples and takes no part in the blend, and which pairs are drawn depends on the blend too.
+    The inner problem is small: a softmax policy over the samples of the batch that is linear in the hidden states f. So
+    one step suffices for the samples, the inner solution and the outer gradient. `return` is BaRFi: the weight of an
+    auxiliary reward that conflicts with the primary one falls, even below 0. `preferences` is PARL: the primary reward
+    labels pairs of samples and has weight 0 in the blend; the distribution of the pairs depends on the blend.
 
     Args:
-      primary: name of the reward function that is meant.
+      primary: name of the reward function of the outer objective.
       reward_names: names of the columns in their order; filled from the run.
-      initial: first weights, one per reward function; None is 1 for each.
+      initial: weights before the first update, one per reward function; None is 1 for each.
       form: as above.
-      learning_rate: of the weights. Where they are slow a policy settles on what misleads it, and its samples, which
-        are all alike by then, teach nothing more.
-      decay: share of the weights that each of their updates takes away, times the learning rate: without it they grow
-        until the inner problem bends.
-      pull: of the inner problem to the policy as it is; features have a mean square of 1.
+      learning_rate: of the weights. If it is too low, the policy converges on a misleading reward first, and its equal
+        samples then carry no gradient for the weights.
+      decay: weight decay of each update, scaled by the learning rate; without it the weights grow without bound.
+      pull: strength of the quadratic penalty on theta; features are scaled to a mean square of 1.
       every_steps: steps between two updates of the weights.
-      inner_steps: of the ascent that solves the inner problem.
+      inner_steps: steps of gradient ascent on the inner problem.
 
     Returns:
-      A method: (reward_components, embedding, group, weight, step) -> a dictionary with `rewards`, the blend by the new
-      weights; `metric/lower_gradient`, the norm of the inner gradient, 0 at a solution; and `metric/blend_NAME`, the
-      weight of each reward function. `embedding` is [B D], such as of `mean_hidden`.
+      A method: (reward_components, embedding, group, weight, step) -> a dictionary with `rewards` [B], the blend by the
+      new weights; `metric/lower_gradient`, the norm of the inner gradient, 0 at a solution; and `metric/blend_NAME`,
+      the weight of each reward function. `embedding` is [B D], such as the value of `mean_hidden`.
 
     Raises:
-      ValueError: for a primary reward that no column has, another number of weights than of columns, or a form.
+      ValueError: for an unknown form, a `primary` that is not a reward function, or an `initial` of another length than
+      `reward_names`.
 
-    Reference: BaRFi (2310.19007); PARL (2308.02585). The inner problem over samples is ours.
+    Reference: BaRFi (2310.19007); PARL (2308.02585). The inner problem over samples is not from these papers.
     Certainty: reconstructed
     """
     if form not in get_args(BlendForm):
         raise ValueError(f"form is {form!r}; it must be one of {', '.join(get_args(BlendForm))}")
 
     def settled() -> tuple[int, Float[Array, "K"]]:
-        """(column of the primary reward, 1 for rewards that take part in the blend)."""
+        """(column of the primary reward, 1 for rewards that may have a weight in the blend)."""
         if primary not in reward_names:
-            raise ValueError(f"primary is {primary!r}, which is none of the rewards {', '.join(reward_names)}")
+            raise ValueError(f"primary is {primary!r}; it must be one of the rewards {', '.join(reward_names)}")
         at = reward_names.index(primary)
         return at, jnp.asarray([form == "return" or place != at for place in range(len(reward_names))], jnp.float32)
 
@@ -151,9 +152,7 @@ def implicit_blend(
     def init() -> dict[str, Array]:
         first = [1.0] * len(reward_names) if initial is None else [float(one) for one in initial]
         if len(first) != len(reward_names):
-            raise ValueError(
-                f"initial has {len(first)} weights; there are {len(reward_names)} rewards, so give as many"
-            )
+            raise ValueError(f"initial has {len(first)} weights; give one for each of the {len(reward_names)} rewards")
         return {"weights": jnp.asarray(first, jnp.float32) * settled()[1], "rest": jnp.float32(0.0)}
 
     return Method(init, update)
@@ -162,7 +161,7 @@ def implicit_blend(
 def _over_samples(
     columns: Array, primary: Array, embedding: Array, group: Array, there: Array, form: str, pull: float
 ) -> tuple[Callable[..., Array], Callable[..., Array], Array, Callable[[Array], Array]]:
-    """(inner objective, outer objective, both of (weights, tilt), a tilt of nothing, the rate of an ascent)."""
+    """(inner objective, outer objective, both of (weights, theta); theta = 0; step size of the ascent by weights)."""
     count, groups = len(group), jax.ops.segment_sum(there * 1.0, group, len(group))
     of_group = lambda x: jax.ops.segment_sum(x, group, count)[group]  # noqa: E731
     kept = jnp.where(there[:, None], embedding.astype(jnp.float32), 0.0)
@@ -190,7 +189,7 @@ def _over_samples(
         loss = -told * jax.nn.log_sigmoid(gap) - (1 - told) * jax.nn.log_sigmoid(-gap)
         return -p @ jnp.where(group[:, None] == group[None], loss, 0.0) @ p / prompts
 
-    def rate(phi: Array) -> Array:  # 1 over a bound of the curvature
+    def rate(phi: Array) -> Array:  # 1 / (bound of the curvature)
         rewards = jnp.where(there, columns @ phi, 0.0)
         return 1.0 / (pull + 2 * jnp.abs(rewards).max() * square.max() / unit)
 

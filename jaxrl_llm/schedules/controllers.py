@@ -1,7 +1,7 @@
-"""Coefficients of a loss that follow what happened: methods over the metrics of a batch.
+"""Loss coefficients set by feedback controllers: methods over the metrics of a batch.
 
-A controller stands in a recipe where a number would: `coefficient: {adaptive_kl: {...}}`. Its value scales the loss
-that it stands beside and carries no gradient of its own.
+A recipe writes a controller in the place of a number: `coefficient: {adaptive_kl: {...}}`. Its value multiplies the
+loss of the same entry and carries no gradient.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ def adaptive_kl(
     error_limit: Positive = 0.2,
     unit: KLUnit = "sequence",
 ) -> Method:
-    """A coefficient that grows while the policy is further from the reference than a target, and shrinks while nearer.
+    """A coefficient that grows while the KL to the reference is above a target, and shrinks while it is below.
 
         beta <- beta * (1 + clip(KL / target - 1, -error_limit, error_limit) * sequences_per_step / horizon)
 
-    The batch that was measured still gets the old value, so the first step has `init`. The usual target of 6 is in nats
-    a sequence; with unit "token" the target is in nats per token and must be chosen accordingly.
+    The measured batch is still scaled by the old value, so the first step has `init`. The usual target of 6 is in nats
+    per sequence; with unit "token" the target is in nats per token and must be chosen accordingly.
 
     Args:
-      sequences_per_step: sequences that a step measures.
-      init: the first coefficient.
-      target: wanted KL(policy || reference), in nats a `unit`.
+      sequences_per_step: sequences in the batch of a step.
+      init: coefficient of the first step.
+      target: intended KL(policy || reference), in nats per `unit`.
       horizon: sequences over which a lasting error of 10% changes the coefficient by about 10%.
-      error_limit: largest relative error that counts.
-      unit: "sequence" multiplies the measured KL of a token by the mean length of the completions.
+      error_limit: bound of the relative error.
+      unit: "sequence" multiplies the measured KL per token by the mean length of the completions.
 
     Returns:
       A method that remembers the coefficient; its update reads `kl_reference_per_token` and, for "sequence",
@@ -76,7 +76,7 @@ def adaptive_kl(
 
 
 def _limited_error(kl: Array, target: float, limit: float) -> Array:
-    """How far a divergence is from its target, relative to it."""
+    """Relative error of a divergence from its target, clipped to +-limit."""
     return jnp.clip(kl / target - 1, -limit, limit)
 
 
@@ -93,13 +93,13 @@ def adaptive_kl_of_rows(
         beta <- beta * (1 + clip(KL / target - 1, -error_limit, error_limit) * n / horizon)
         KL = mean over the n rows of sum_t (log pi_old - log pi_reference)
 
-    The rows that were measured still get the old value.
+    The measured rows are still penalised with the old value.
 
     Args:
-      init: the first coefficient.
-      target: wanted KL(policy || reference), in nats a sequence.
+      init: coefficient of the first step.
+      target: intended KL(policy || reference), in nats per sequence.
       horizon: sequences over which a lasting error of 10% changes the coefficient by about 10%.
-      error_limit: largest relative error that counts.
+      error_limit: bound of the relative error.
 
     Returns:
       A method that remembers the coefficient; its update reads `old_logprobs`, `reference_logprobs`, `mask` and
@@ -145,7 +145,7 @@ def entropy_gated_kl(
     strength: Positive = 0.1,
     window: Count = 50,
 ) -> Method:
-    """A one-sided penalty on the KL beyond a threshold that a PID controller of the reward moves.
+    """A one-sided penalty on the KL above a threshold, which a PID controller sets from the trend of the reward.
 
     With k the moving average of the KL, e that of the mean reward, err = change of e - target_velocity and H the
     entropy:
@@ -154,28 +154,29 @@ def entropy_gated_kl(
         threshold = clip((base_threshold + adjustment) * phase, lowest_threshold, highest_threshold)
         penalty = strength * max(k - threshold, 0)^2 * max(0.5, 2 / (H + 0.1))
 
-    A falling reward lowers the threshold; a sure policy pays more than a random one. phase is 1.5 for fewer than
-    `window` rewards; then, over the last `window`, 1.2 where their mean is above the mean of the `window` before by
-    more than 0.01, else 1.0 where their population deviation is below 0.02 and their mean above 0.7, else 0.8.
+    A falling reward lowers the threshold; the penalty is larger at low entropy. phase is 1.5 during the first `window`
+    - 1 steps; then, over the last `window` rewards, 1.2 where their mean is above the mean of the `window` rewards
+    before by more than 0.01, else 1.0 where their population deviation is below 0.02 and their mean above 0.7, else
+    0.8.
 
-    The penalty is a number computed from metrics: added to a loss, as the released code does, it has no gradient. With
-    output "coefficient" the value is its derivative by the KL of this batch,
+    The penalty is computed from metrics: added to a loss, as in the released code, it has no gradient. With output
+    "coefficient" the value is the derivative of the penalty by the KL of this batch,
 
         2 * strength * max(k - threshold, 0) * max(0.5, 2 / (H + 0.1)) * (1 - kl_decay)
 
-    and beside a divergence loss it gives the gradient that the penalty is meant to have.
+    and as the coefficient of a divergence loss it gives the gradient of the penalty.
 
     Args:
       output: "coefficient", or the "penalty" itself.
       base_threshold: threshold without adjustment, in nats per token.
       lowest_threshold: lower limit of the threshold.
       highest_threshold: upper limit.
-      proportional, integral, derivative: gains of the controller, in nats a unit of reward.
-      target_velocity: change of the averaged reward that needs no adjustment.
-      kl_decay: share of the past that the average of the KL keeps; it starts at 0.
-      reward_decay: share that the average of the reward keeps; it starts at the first reward.
+      proportional, integral, derivative: gains of the controller, in nats per unit of reward.
+      target_velocity: change of the averaged reward per step at which the error is 0.
+      kl_decay: decay of the moving average of the KL, which starts at 0.
+      reward_decay: decay of the moving average of the reward, which starts at the first reward.
       strength: factor of the penalty.
-      window: rewards that a phase is judged by.
+      window: rewards per window of the phase rule.
 
     Returns:
       A method that remembers averages, errors and the last 2 * window rewards; its update reads
@@ -197,7 +198,7 @@ def entropy_gated_kl(
         )
 
     def init():
-        # An array each: the step donates its state, and a buffer can be given away only once.
+        # A separate array each: the step donates its state, and a buffer can be donated only once.
         return {
             "kl": jnp.float32(0),
             "reward": jnp.float32(0),

@@ -1,4 +1,4 @@
-"""Learning rates as a share of their peak, by the updates since the warm-up: for `training.schedule`."""
+"""Learning rates as a share of their peak, by the number of updates since the warm-up, for `training.schedule`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from jaxrl_llm.ranges import PositiveShare, Share, ranged
 
 @ranged
 def linear_decay(step: Int[Array, ""], *, total_updates: int, floor: Share = 0.0) -> Float[Array, ""]:
-    """1 at first, falling in a straight line to `floor` at the last update.
+    """A factor that falls linearly from 1 to `floor` at the last update.
 
         factor = 1 - (1 - floor) * min(step / total_updates, 1)
 

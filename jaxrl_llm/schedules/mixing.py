@@ -1,4 +1,4 @@
-"""How much imitation and how much reinforcement: a mixing weight that follows a validation loss."""
+"""Weights of supervised against reinforcement losses, adapted to a validation loss or to the entropy."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ def gradient_alignment(
     *,
     learning_rate: NonNegative,
 ) -> Float[Array, ""]:
-    """How fast the validation loss falls as the supervised share grows, to first order in one step.
+    """First-order decrease of the validation loss per unit of the supervised share, over one step.
 
         learning_rate * dot(g_validation, g_supervised - g_reinforcement)
 
-    All three are gradients of losses at the same parameters.
+    All three arguments are gradients of losses at the same parameters. Returns a scalar.
 
     >>> g = [jnp.array(x) for x in ([0.5, -1.0, 2.0], [1.0, 0.0, 2.0], [0.0, 1.0, 1.0])]
     >>> round(float(gradient_alignment(*g, learning_rate=1e-3)), 6)
@@ -54,7 +54,7 @@ def mixing_weight(
     high: Share = 0.95,
     sign: MetaSign = "descent",
 ) -> Float[Array, ""]:
-    """One update of AMFT's share mu of supervised learning in (1 - mu) * L_reinforcement + mu * L_supervised.
+    """One update of AMFT's supervised share mu in (1 - mu) * L_reinforcement + mu * L_supervised.
 
         mu <- clip(mu + meta_rate * alignment + entropy_rate * (target_entropy - entropy), low, high)
 
@@ -62,11 +62,11 @@ def mixing_weight(
       weight: mu.
       alignment: `gradient_alignment`.
       entropy: mean entropy of the policy, in nats per token.
-      target_entropy: entropy above which supervised learning is withdrawn.
+      target_entropy: entropy above which mu is lowered.
       meta_rate: step along the alignment.
-      entropy_rate: step a nat.
-      low: least share.
-      high: largest share.
+      entropy_rate: step per nat of entropy below the target.
+      low: smallest mu.
+      high: largest mu.
       sign: 'descent' lowers the validation loss; 'released' subtracts the alignment as the released code does, which
         raises it.
 
@@ -98,21 +98,21 @@ def adaptive_mixing(
     high: Share = 0.95,
     sign: MetaSign = "descent",
 ) -> Method:
-    """AMFT's controller as the coefficient of a loss term: mu of the supervised one, 1 - mu of the other.
+    """AMFT's controller as the coefficient of a loss term: mu for the supervised term, 1 - mu for the other.
 
-    Two terms hold two copies of the controller, which see the same numbers and so stay equal. A step without an
-    alignment (the meta-gradient is taken every few steps) moves by entropy alone.
+    Each of the two terms has its own copy of the controller; both read the same metrics and so stay equal. In a step
+    without an alignment (the meta-gradient is taken every few steps) mu is moved by the entropy alone.
 
     Args:
-      part: which of the two terms this is the coefficient of.
+      part: term that the coefficient belongs to.
       start: mu of the first step.
-      target_entropy: in nats per token; None measures the mean entropy of the first `target_steps` steps, during which
-        mu stays as it is.
-      target_steps: steps that the target is measured over.
+      target_entropy: in nats per token; None takes the mean entropy of the first `target_steps` steps, in which mu is
+        constant.
+      target_steps: steps over which the target is measured.
       meta_rate, entropy_rate, low, high, sign: as in `mixing_weight`.
 
     Returns:
-      A method; its update takes the metric `entropy_per_token` and, where something provides it, `alignment`.
+      A method; its update reads the metrics `entropy_per_token` and, if it is provided, `alignment`.
 
     Raises:
       ValueError: for an unknown part or sign, a start outside [low, high], or no steps to measure the target over.
@@ -162,7 +162,7 @@ def adaptive_mixing(
 
 @ranged
 def imitation_by_entropy(entropy_per_token: Float[Array, ""], *, scale: NonNegative = 0.5) -> Float[Array, ""]:
-    """The coefficient of a supervised loss beside reinforcement: small while the policy is undecided.
+    """Coefficient of a supervised loss in SRFT: small at high entropy of the policy.
 
         scale * exp(-H)
 
@@ -178,7 +178,7 @@ def imitation_by_entropy(entropy_per_token: Float[Array, ""], *, scale: NonNegat
 
 @ranged
 def success_by_entropy(entropy_per_token: Float[Array, ""], *, scale: NonNegative = 0.1) -> Float[Array, ""]:
-    """The coefficient of a likelihood of the policy's own right answers: larger while it is undecided.
+    """Coefficient of the likelihood loss on the policy's own correct answers in SRFT: large at high entropy.
 
         scale * exp(H)
 

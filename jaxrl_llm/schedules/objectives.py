@@ -1,4 +1,4 @@
-"""Weights of several objectives that follow what training does."""
+"""Adaptive weights of several objectives."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ def influence_weights(
     learning_rate: NonNegative = 1e-6,
     mu: Positive = 1e-5,
 ) -> Float[Array, "K"]:
-    """Weights of rewards after a step of multiplicative updates by how much each helps all.
+    """Weights of rewards after one multiplicative update by the influence of each reward on all of them.
 
         s_i = sum_j <g_i, g_j>,   w <- softmax(log w + learning_rate * s / mu)
 
     Args:
-      weights: w before, positive; they sum to 1.
-      gradients: g, policy gradient of each reward alone on one batch; some layers are enough.
+      weights: w before the update, positive, with sum 1.
+      gradients: g, policy gradient of each single reward on one batch; the gradient of a subset of layers suffices.
       learning_rate: of the policy at this step.
-      mu: strength of the pull to the weights before.
+      mu: strength of the regularisation towards the old weights.
 
     Returns:
-      The new weights; a reward that is constant over the batch has no gradient and loses to the others.
+      The new weights [K]; a reward that is constant over the batch has gradient 0 and influence 0.
 
     Reference: Dynamic reward weighting (2509.11452).
     Certainty: verified

@@ -1,4 +1,4 @@
-"""The temperature of extra answers, which steers the entropy of the policy to a target."""
+"""Sampling temperature of extra answers, controlled by the entropy of the policy."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from jaxrl_llm.statistics import sampled_entropy
 def steering_temperature(
     entropy: Float[Array, ""] | float, *, target: NonNegative = 0.5, cold: Positive = 0.8, hot: Positive = 1.2
 ) -> Float[Array, ""]:
-    """Temperature at which the extra answers are drawn: `hot` where the entropy is at most the target, else `cold`.
+    """Sampling temperature of the extra answers: `hot` where the entropy is at most the target, else `cold`.
 
     >>> [round(float(steering_temperature(h)), 1) for h in (0.3, 0.7)]
     [1.2, 0.8]
@@ -29,12 +29,12 @@ def steering_temperature(
 
 @ranged
 def temperature_controller(*, target: NonNegative = 0.5, cold: Positive = 0.8, hot: Positive = 1.2) -> Method:
-    """AEPO's temperature for the extra answers of the next step, from the entropy of this one.
+    """AEPO's temperature for the extra answers of the next step, from the entropy of this step.
 
     Before the first step the entropy counts as 0, so the first temperature is `steering_temperature(0)`.
 
     Args:
-      target: entropy to hold, in nats per token (0.25 to 0.75 in the paper).
+      target: intended entropy, in nats per token (0.25 to 0.75 in the paper).
       cold: temperature that lowers the entropy.
       hot: temperature that raises it.
 
@@ -53,7 +53,7 @@ def temperature_controller(*, target: NonNegative = 0.5, cold: Positive = 0.8, h
         return {"entropy": jnp.float32(0.0)}
 
     def update(memory, old_logprobs: Float[Array, "B T"], mask: Float[Array, "B T"], weight: Float[Array, "B"]):
-        del memory  # an empty batch has entropy 0, like no batch at all
+        del memory  # an empty batch has entropy 0
         entropy = sampled_entropy(old_logprobs, mask, weight)
         return steering_temperature(entropy, target=target, cold=cold, hot=hot), {"entropy": entropy}
 

@@ -1,6 +1,6 @@
-"""Selection: which rows and which prompts are learned from, and how many samples a prompt gets.
+"""Selection: rows and prompts to train on, and the number of samples per prompt.
 
-Each is a pure function whose positional parameters are named after fields of `Experience`; those that choose rows
+Each is a pure function whose positional parameters are named after fields of `Experience`; functions that choose rows
 return a new `weight`.
 """
 

@@ -1,4 +1,4 @@
-"""Samples drawn in rounds until a prompt has enough of both kinds: when it has, and which are kept."""
+"""Sampling in rounds until a prompt has enough right and wrong samples: the stopping rule and the samples kept."""
 
 from __future__ import annotations
 
@@ -13,16 +13,21 @@ from jaxrl_llm.ranges import Count, ranged
 def finished_prompts(
     label: Float[Array, "N S"], drawn: Bool[Array, "N S"], *, kept: Count, both_kinds: bool = True
 ) -> Bool[Array, "N"]:
-    """Which prompts have samples enough.
+    """Prompts that need no further samples.
 
         P >= 1                                        positives alone
         P >= floor(n / 2) and Q >= n - floor(n / 2)   both kinds
 
+    with P right and Q wrong samples drawn so far.
+
     Args:
       label: 1 for a right sample, 0 for a wrong one, in the order of arrival.
-      drawn: whether there is such a sample yet.
+      drawn: whether the sample exists yet.
       kept: n, samples that a prompt keeps.
-      both_kinds: the second rule instead of the first.
+      both_kinds: use the second rule instead of the first.
+
+    Returns:
+      True for each finished prompt.
 
     Reference: Reinforce-Ada (2510.04996).
     Certainty: verified
@@ -37,17 +42,18 @@ def finished_prompts(
 def balanced_samples(
     label: Float[Array, "N S"], drawn: Bool[Array, "N S"], *, kept: Count
 ) -> tuple[Int[Array, "N n"], Bool[Array, "N n"]]:
-    """The samples that a prompt keeps: half of each kind where it can be, the earliest of each.
+    """The samples that a prompt keeps: half of each kind if there are enough, the earliest of each kind.
 
-        tp = min(floor(n / 2), P);  tn = min(n - tp, Q);  what is missing is filled from the kind with samples to spare
+        tp = min(floor(n / 2), P);  tn = min(n - tp, Q);  the rest is filled with right samples: tp = min(P, n - tn)
 
     Args:
       label: 1 for a right sample, 0 for a wrong one, in the order of arrival.
-      drawn: whether there is such a sample.
-      kept: n.
+      drawn: whether the sample exists.
+      kept: n, samples that a prompt keeps.
 
     Returns:
-      their places in S, right ones first, and whether there is one (a prompt may have fewer than n).
+      (indices of the kept samples along S, right ones first; whether each entry is used, since a prompt may have fewer
+      than n samples).
 
     Reference: Reinforce-Ada (2510.04996).
     Certainty: verified

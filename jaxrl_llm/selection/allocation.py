@@ -1,4 +1,4 @@
-"""Which prompts deserve more rollouts: those whose mean reward another sample would pin down most."""
+"""Allocation of rollouts to the prompts whose confidence interval of the mean reward would shrink most."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ def reward_half_width(
 ) -> Float[Array, "B"]:
     """Half-width of the confidence interval of the mean reward of the row's group.
 
-        h(n) = t * s / sqrt(n)    with s the unbiased deviation and t the Student quantile of n - 1 degrees of freedom
+        h(n) = t * s / sqrt(n)    with s the unbiased deviation and t the Student quantile for n - 1 degrees of freedom
 
-    0 for groups of one and groups of equal rewards.
+    It is 0 for groups of one row and groups of equal rewards.
 
     Args:
       rewards: total reward of each row.
@@ -49,12 +49,12 @@ def rollout_priority(
     confidence: OpenShare = 0.95,
     exploration: NonNegative = 0.0,
 ) -> Float[Array, "B"]:
-    """How much one more rollout of the row's prompt is expected to teach.
+    """Expected benefit of one more rollout of the row's prompt.
 
         h(n) - h(n + 1) + exploration * sqrt(log(1 + N) / n)
 
     with h as in `reward_half_width` at the same deviation, n the rollouts of the prompt and N those of all prompts. The
-    form of the exploration term is second-hand and its constant unknown.
+    form of the exploration term is from a secondary source and its constant is unknown.
 
     Args:
       rewards: total reward of each row.
@@ -64,7 +64,7 @@ def rollout_priority(
       exploration: weight of the bonus for prompts with few rollouts.
 
     Returns:
-      One number per row, the same along a group; 0 in absent rows.
+      One number per row, equal within a group; 0 in absent rows.
 
     Raises:
       ValueError: for a confidence outside (0, 1) or a negative exploration.
@@ -88,10 +88,10 @@ def next_rollouts(
     confidence: OpenShare = 0.95,
     exploration: NonNegative = 0.0,
 ) -> Int[Array, "B"]:
-    """How many of the next `rollouts` go to each prompt: one after the other to the largest `rollout_priority`.
+    """Number of the next `rollouts` for each prompt, allotted one by one to the prompt of largest `rollout_priority`.
 
-    Each rollout that is given counts in the next comparison, at an unchanged deviation. Without exploration prompts of
-    equal rewards get none, unless all prompts are such; ties go to the first.
+    Each allotted rollout counts in the next comparison, at an unchanged deviation. Without exploration, prompts of
+    equal rewards get none, unless all prompts have equal rewards; ties go to the first prompt.
 
     Args:
       rewards: total reward of each row.
@@ -102,7 +102,7 @@ def next_rollouts(
       exploration: weight of the bonus for prompts with few rollouts.
 
     Returns:
-      The number of a group on its first row that is present, 0 elsewhere. They add up to `rollouts`.
+      The number of rollouts of a group on its first present row, 0 elsewhere; the sum is `rollouts`.
 
     Raises:
       ValueError: for a negative number of rollouts or exploration, or a confidence outside (0, 1).
@@ -130,7 +130,7 @@ def _priority(deviation, counts, total, factors, exploration):
 
 
 def _interval_factors(most: int, confidence: float) -> Float[Array, "N"]:
-    """t / sqrt(n) for n = 0 .. most + 1; 0 for n < 2, where there is no deviation."""
+    """t / sqrt(n) for n = 0 .. most + 1; 0 for n < 2, where the deviation is undefined."""
     from scipy.special import stdtrit  # takes a while to import
 
     n = np.arange(2, most + 2)

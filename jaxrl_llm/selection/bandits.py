@@ -1,4 +1,4 @@
-"""A curriculum that a bandit makes of what the policy learns from."""
+"""A curriculum by a multi-armed bandit over categories of prompts."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class Arms(NamedTuple):
     """What a bandit remembers.
 
     Attributes:
-      value: of each arm: how much was learned from it lately.
-      visits: steps in which each item was learned from.
+      value: running mean of the learning signal of each arm.
+      visits: steps in which each item was trained on.
     """
 
     value: Float[Array, "K"]
@@ -35,30 +35,31 @@ def bandit(
     rate: PositiveShare = 0.5,
     decay_unsampled: bool = False,
 ) -> Selection:
-    """Prompts of the kinds that the policy learns most from.
+    """Prompts of the categories with the largest absolute advantages.
 
         P_k = exp(Q_k / temperature) / sum_j exp(Q_j / temperature)
         Q_k <- (1 - rate) Q_k + rate mean(s),    s = sum_t m_t abs(A_t) / sum_t m_t
 
     with the mean over the rows of arm k in a step, m their mask and A their advantages. For rewards of 0 and 1 and
-    advantages divided by their deviation, the mean of s is 2 sqrt(p (1 - p)) where p of the samples are right: what is
-    half solved is worth most, and arms that are solved or hopeless are left alike.
+    advantages divided by their deviation, the mean of s is 2 sqrt(p (1 - p)) with p the share of right samples: it is
+    largest at p = 1/2, and 0 for arms of which all or no samples are right.
 
-    Each prompt of a step draws an arm. Within an arm the items that were learned from least often come first, in random
-    order. The choices of the step under way are not counted yet, so two steps that follow one another may share items.
+    Each prompt of a step draws an arm. Within an arm the items with the fewest visits come first, in random order. The
+    prompts of the current step are not counted yet, so consecutive steps may share items.
 
     Args:
-      records: of the data, one an item; filled from the run.
-      arms: column of the records whose values are the arms, such as level or domain; or several, for combinations.
-      temperature: of the softmax over values: 1, 0.4 and 0.2 in the paper, the lower the more alike the values are.
-      rate: how fast values follow.
-      decay_unsampled: values of arms that a step did not draw move towards 0, as in the released code.
+      records: records of the data, one per item; filled from the run.
+      arms: column of the records whose values are the arms, such as level or domain; or several columns, for
+        combinations.
+      temperature: of the softmax over values; 1, 0.4 and 0.2 in the paper, lower for more similar values.
+      rate: step size of the values.
+      decay_unsampled: move the values of arms without rows in the step towards 0, as in the released code.
 
     Returns:
-      A `Selection`. All arms are worth 0 at first, and so equally likely.
+      A `Selection`. All values start at 0, so all arms are equally likely.
 
     Raises:
-      ValueError: for a column that records do not have, a single arm, or numbers out of range.
+      ValueError: for a column that a record lacks, a single arm, or a number out of range.
 
     Reference: SEC, self-evolving curriculum (2505.14970).
     Certainty: verified
@@ -109,15 +110,18 @@ def moved_values(
     rate: PositiveShare,
     decay_unsampled: bool = False,
 ) -> Float[Array, "K"]:
-    """Values of arms after the rows of a step.
+    """Values of the arms updated with the rows of a step.
 
     Args:
-      value: before it.
-      arm: number of each row's arm.
-      signal: what was learned from each row.
-      there: rows that count.
-      rate: how fast values follow.
-      decay_unsampled: arms without rows move towards 0 instead of staying.
+      value: values before the step.
+      arm: index of each row's arm.
+      signal: learning signal of each row.
+      there: true for rows that count.
+      rate: step size of the values.
+      decay_unsampled: move the values of arms without rows towards 0 instead of keeping them.
+
+    Returns:
+      The new values.
     """
     chex.assert_rank([value, arm, signal, there], 1)
     chex.assert_equal_shape([arm, signal, there])

@@ -1,4 +1,4 @@
-"""Samples that a policy learns from as if somebody had written them: rejection sampling, and its settings."""
+"""Rejection sampling: samples that are kept as supervised targets, and a score for its settings."""
 
 from __future__ import annotations
 
@@ -19,18 +19,19 @@ def kept_samples(
     keep: Count | None = None,
     threshold: float | None = None,
 ) -> Float[Array, "B"]:
-    """The weight of the best samples of each prompt; the others are absent.
+    """Weights that keep the best samples of each prompt.
 
-    A sample is kept whose reward exceeds the threshold, if fewer than `keep` of its group have a larger one. With
-    `negative_log_likelihood` this is RAFT (keep 1), STaR and rejection-sampling fine-tuning (threshold 0.5 of a reward
-    of 0 or 1), and ReST (a threshold that grows from stage to stage). Of equal rewards the first sample is kept.
+    A sample is kept if its reward exceeds the threshold and fewer than `keep` samples of its group have a larger
+    reward. With `negative_log_likelihood` this is RAFT (keep 1), STaR and rejection-sampling fine-tuning (threshold 0.5
+    of a reward of 0 or 1), and ReST (a threshold that grows from stage to stage). Of equal rewards the first sample is
+    kept.
 
     Args:
       rewards: total reward of each row.
       group: id of the group each row belongs to.
       weight: weight of each row; 0 is absent.
-      keep: samples of a prompt; None keeps all above the threshold.
-      threshold: what a reward must exceed; None keeps whatever is best.
+      keep: most samples kept per prompt; None keeps all above the threshold.
+      threshold: value that the reward must exceed; None sets no bound.
 
     Returns:
       The new weight of each row.
@@ -48,7 +49,7 @@ def kept_samples(
     chex.assert_rank([rewards, group, weight], 1)
     chex.assert_equal_shape([rewards, group, weight])
     if keep is None and threshold is None:
-        raise ValueError("keep and threshold are both missing, which keeps everything; give one of them")
+        raise ValueError("keep and threshold are both missing, so all samples would be kept; give one of them")
     kept = weight > 0
     if threshold is not None:
         kept &= rewards > threshold
@@ -67,21 +68,21 @@ def balance_score(
     threshold: float = 0.0,
     enough: Positive = 8.0,
 ) -> Float[Array, "B"]:
-    """How well sampling and selection are balanced for a prompt: enough right samples, and few wrong ones beside them.
+    """Balance score of sampling and selection for a prompt: many right samples, and few wrong ones among the selected.
 
         bs = min(n' / n*, 1) * n' / n
 
-    with n samples of the prompt selected (reward above the threshold), n' of them right, and n* = `enough`; 0 where
-    nothing is selected. B-STaR takes the temperature and the threshold of each iteration where its mean is largest
+    with n selected samples of the prompt (reward above the threshold), n' of them right, and n* = `enough`; 0 where no
+    sample is selected. In each iteration B-STaR takes the temperature and threshold of the largest mean score
     (`best_setting`).
 
     Args:
-      rewards: of each row; B-STaR's is 1 for a right answer plus a fifth of the least score of its steps.
-      correct: above 0 for a right answer.
+      rewards: reward of each row; in B-STaR 1 for a right answer plus a fifth of the smallest score of its steps.
+      correct: positive for a right answer.
       group: id of the group each row belongs to.
       weight: weight of each row; 0 is absent.
-      threshold: what the reward of a selected sample exceeds.
-      enough: right samples that a prompt should have.
+      threshold: value that the reward of a selected sample exceeds.
+      enough: n*, intended number of right samples per prompt.
 
     Returns:
       The score of each row's prompt.
@@ -101,10 +102,13 @@ def balance_score(
 
 
 def best_setting(scores: Float[Array, "*G"]) -> tuple[int, ...]:
-    """The place of the largest mean balance score in a grid of settings; the first among equals.
+    """Index of the largest mean balance score in a grid of settings; the first of equal ones.
 
     Args:
-      scores: of each setting, such as [temperatures, thresholds].
+      scores: mean score of each setting, such as [temperatures, thresholds].
+
+    Returns:
+      One index per axis.
 
     >>> best_setting(jnp.array([[0.1, 0.4], [0.4, 0.2]]))
     (0, 1)

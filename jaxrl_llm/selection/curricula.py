@@ -1,4 +1,4 @@
-"""From easy to hard: in stages with replay, or by a difficulty that grows."""
+"""Curricula from easy to hard prompts: in stages with replay, or up to a growing difficulty."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ Pace = Literal["competence", "gaussian"]
 
 
 class Stages(NamedTuple):
-    """What `easy_to_hard` remembers.
+    """State of `easy_to_hard`.
 
     Attributes:
-      stage: that prompts are chosen from.
-      steps: in it (one more in the first, whose first two choices are made at once).
-      scores: mean reward of the stage's rows in its last steps, the newest last; NaN for none.
-      visits: steps in which each item was learned from.
+      stage: current stage.
+      steps: steps in the current stage (one more in the first stage, whose first two choices are made together).
+      scores: mean score of the stage's rows in each of its last steps, the newest last; NaN for missing ones.
+      visits: steps in which each item was trained on.
     """
 
     stage: Int[Array, ""]
@@ -47,15 +47,18 @@ class Stages(NamedTuple):
 def has_plateaued(
     scores: Float[Array, "W"], *, window: Count = 20, tolerance: float = 0.01, chance: float = 0.0
 ) -> Bool[Array, ""]:
-    """Whether the last `window` scores average less than `tolerance` above the `window` before, and above chance.
+    """Whether the mean of the last `window` scores is above chance, and less than `tolerance` above the window before.
 
-    False while there are fewer than twice as many.
+    False while there are fewer than 2 * window scores.
 
     Args:
-      scores: mean rewards of steps, the newest last; NaN for none.
-      window: steps of a mean.
-      tolerance: least gain that is none.
-      chance: score that needs no skill; a flat line there is not yet a plateau.
+      scores: mean score of each step, the newest last; NaN for missing ones.
+      window: steps per mean.
+      tolerance: smallest difference of the means that counts as a gain.
+      chance: score of a random policy; constant scores at or below it are not a plateau.
+
+    Returns:
+      A boolean scalar.
 
     Reference: MedCCO (2505.19213).
     Certainty: reconstructed
@@ -70,18 +73,21 @@ def has_plateaued(
 def stage_slots(
     stage: Int[Array, ""], turn: Int[Array, ""], key: Array, *, count: Count, replay: Share, power: NonNegative = 0.0
 ) -> Int[Array, "N"]:
-    """The stage of each slot of a step: floor(replay count) of the earlier ones, the others of the present one.
+    """Stage of each slot of a step: floor(replay * count) slots of earlier stages, the others of the current stage.
 
-        power 0    evenly, what is left over to the earliest; where there are fewer slots than stages, by turns
-        power > 0  stage j is drawn with P_j ~ (stage - j)^-power: a power law of its age
+        power 0    evenly, the remainder to the earliest stages; with fewer slots than stages, in rotation over steps
+        power > 0  stage j with probability P_j ~ (stage - j)^-power
 
     Args:
-      stage: present one, from 0; the first has nothing to replay.
-      turn: number of the step, for turns.
-      key: random key, of the power law.
-      count: slots of a step.
-      replay: share of the earlier stages.
-      power: of the law.
+      stage: current stage, from 0; stage 0 replays nothing.
+      turn: number of the step, for the rotation.
+      key: random key of the power law.
+      count: slots per step.
+      replay: share of the slots for earlier stages.
+      power: exponent of the power law.
+
+    Returns:
+      A stage per slot.
 
     Reference: CRAFT-GUI (2508.11360).
     Certainty: reconstructed
@@ -89,7 +95,7 @@ def stage_slots(
     replayed = int(np.floor(count * replay + 1e-9))
     slot, earlier = jnp.arange(count), jnp.maximum(stage, 1)
     if power > 0:
-        # The age of a draw by the inverse of the cumulated law.
+        # age = stage - j, at least 1
         age = jnp.arange(1, _MOST_STAGES + 1)
         law = jnp.where(age <= earlier, age.astype(jnp.float32) ** -power, 0.0)
         drawn = jax.random.categorical(key, jnp.log(law), shape=(count,))
@@ -100,7 +106,7 @@ def stage_slots(
     return jnp.where((slot < replayed) & (stage > 0), old, stage)
 
 
-# Of which a power law can replay.
+# Most stages that a power law can replay.
 _MOST_STAGES = 256
 
 
@@ -121,38 +127,38 @@ def easy_to_hard(
     replay: ShareBelowOne = 0.2,
     replay_power: NonNegative = 0.0,
 ) -> Selection:
-    """Prompts of one level after another, with some of the levels before.
+    """Prompts of one level after another, with replay of earlier levels.
 
-        steps     on to the next level after `steps_per_stage` steps
-        success   when the mean score of the last `window` steps exceeds `threshold`
-        plateau   when it is less than `tolerance` above that of the `window` steps before, and above `chance`
-        epochs    when each prompt of the level was learned from once
+        steps     advance after `steps_per_stage` steps
+        success   advance when the mean score of the last `window` steps exceeds `threshold`
+        plateau   advance when that mean is less than `tolerance` above the `window` before, and above `chance`
+        epochs    advance when each prompt of the level has been trained on once
 
-    The last level stays. Scores are those of the present level's rows. floor(replay N) prompts of a step are of earlier
-    levels (`stage_slots`); within a level items come by turns. Levels may be what a task calls them (qweb: distance to
-    the goal; Mobile-R1, CRAFT-GUI: steps of a solution), formats of an answer (Curr-ReFT, MedCCO), or pass rates from
-    high to low (SARI: `descending`, `epochs`, no replay).
+    The last level lasts until the end of the run. Scores are means over the rows of the current level. floor(replay N)
+    prompts of a step are of earlier levels (`stage_slots`); within a level items are taken in rotation. Levels may be
+    those of a task (qweb: distance to the goal; Mobile-R1, CRAFT-GUI: steps of a solution), answer formats (Curr-ReFT,
+    MedCCO), or pass rates from high to low (SARI: `descending`, `epochs`, no replay).
 
     Args:
-      records: of the data, one an item; filled from the run.
-      level: column of the records whose values are levels, in ascending order.
-      cuts: if there are any, the stage of a number is how many of them it exceeds.
-      descending: from the largest value to the smallest.
-      advance: which rule.
-      steps_per_stage: of `steps`.
-      score: what `success` and `plateau` look at.
-      threshold: of `success`.
-      window: of `success` and `plateau`.
-      tolerance: of `plateau`.
-      chance: of `plateau`.
-      replay: share of prompts of earlier levels.
-      replay_power: how fast old levels are forgotten: a power law of their age; 0 replays them evenly.
+      records: records of the data, one per item; filled from the run.
+      level: column of the records with the levels, which are sorted in ascending order.
+      cuts: bounds of the stages; if given, the stage of a value is the number of cuts below it.
+      descending: order from the largest value to the smallest.
+      advance: rule of advancing, as above.
+      steps_per_stage: steps of a stage under the rule `steps`.
+      score: field that `success` and `plateau` average.
+      threshold: bound of the rule `success`.
+      window: steps per mean in `success` and `plateau`.
+      tolerance: as in `has_plateaued`.
+      chance: as in `has_plateaued`.
+      replay: share of prompts from earlier levels.
+      replay_power: exponent of the decay of replay with the age of a level; 0 replays all evenly.
 
     Returns:
       A `Selection`.
 
     Raises:
-      ValueError: for an unknown rule, a column that records do not have, a single level, or numbers out of range.
+      ValueError: for an unknown rule, a column that records do not have, a single level, or a number out of range.
 
     Reference: CRAFT-GUI (2508.11360); Curr-ReFT (2503.07065); SARI (2504.15900); MedCCO (2505.19213); Mobile-R1
     (2506.20332); qweb (1812.09195).
@@ -170,7 +176,7 @@ def easy_to_hard(
     stages, ids = len(made.kinds), record_ids(records)
     of_item = (stages - 1 - made.of_item if descending else made.of_item).astype(np.int32)
     if replay_power > 0 and stages > _MOST_STAGES:
-        raise ValueError(f"level has {stages} values; a power law replays at most {_MOST_STAGES}, so give cuts")
+        raise ValueError(f"level has {stages} values; replay_power allows at most {_MOST_STAGES}, so give cuts")
 
     def init() -> Stages:
         none = jnp.full(2 * window, jnp.nan, jnp.float32)
@@ -210,7 +216,7 @@ def easy_to_hard(
 
 
 class Pacing(NamedTuple):
-    """What `growing_difficulty` remembers: the choices made for, the difficulty that is aimed at, and visits."""
+    """State of `growing_difficulty`: steps chosen for, the centre of the Gaussian, and visits of each item."""
 
     steps: Int[Array, ""]
     aim: Float[Array, ""]
@@ -219,13 +225,16 @@ class Pacing(NamedTuple):
 
 @ranged
 def competence(step: Int[Array, ""], *, total_steps: Count, first: OpenShare = 0.01, power: Positive = 2.0) -> Array:
-    """Difficulty that has been reached: min(1, ((1 - first^power) step / total_steps + first^power)^(1 / power)).
+    """Competence at a step: min(1, ((1 - first^power) step / total_steps + first^power)^(1 / power)).
 
     Args:
       step: number of the step, from 0.
-      total_steps: after which all prompts are reached.
-      first: difficulty reached at the start.
-      power: 1 is linear; the larger, the faster at first.
+      total_steps: steps until the competence is 1.
+      first: competence at step 0.
+      power: 1 is linear; a larger power rises faster at the start.
+
+    Returns:
+      A difficulty in (0, 1].
 
     Reference: competence-based curriculum learning.
     Certainty: recalled
@@ -247,30 +256,31 @@ def growing_difficulty(
     target: Share = 0.5,
     rate: NonNegative = 0.0,
 ) -> Selection:
-    """Prompts up to a difficulty that grows, or around one.
+    """Prompts up to a growing difficulty, or around one.
 
-        competence   evenly from d <= competence(step)
+        competence   uniform over d <= competence(step)
         gaussian     P ~ exp(-(d - aim)^2 / (2 width^2)), aim = step / total_steps; with a `rate` instead
-                     aim <- clip(aim + rate (mean(correct) - target), 0, 1) after each step, which holds success near it
+                     aim <- clip(aim + rate (mean(correct) - target), 0, 1) after each step, which keeps success near
+                     the target
 
-    d in (0, 1] is the rank of the prompt's difficulty over the number of prompts; equal ones share the least of theirs.
-    Below the easiest prompt it is the easiest ones that are drawn.
+    d in (0, 1] is the rank of the prompt's difficulty divided by the number of prompts; equal difficulties share their
+    lowest rank. While the competence is below the smallest d, the easiest prompts are drawn.
 
     Args:
-      records: of the data, one an item; filled from the run.
+      records: records of the data, one per item; filled from the run.
       difficulty: column of the records, larger for harder prompts.
-      total_steps: over which it grows; filled from the run.
-      pace: which rule.
-      first, power: of `competence`.
-      width: of the Gaussian.
-      target: success that the aim is moved for.
-      rate: how fast the aim follows; 0 moves it with time.
+      total_steps: steps over which the difficulty grows; filled from the run.
+      pace: rule, as above.
+      first, power: as in `competence`.
+      width: standard deviation of the Gaussian.
+      target: intended success rate.
+      rate: step size of aim; 0 lets aim grow with the steps.
 
     Returns:
       A `Selection`.
 
     Raises:
-      ValueError: for an unknown pace, a column that records do not have, or numbers out of range.
+      ValueError: for an unknown pace, a column that records do not have, or a number out of range.
 
     Reference: competence-based curriculum learning.
     Certainty: recalled

@@ -1,4 +1,4 @@
-"""Shares of domains by how far their rewards are from a target."""
+"""Sampling shares of domains by the distance of their rewards from a target."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from jaxrl_llm.selection.pools import Records, items_by_turns, means_of, pool, v
 
 
 class Domains(NamedTuple):
-    """What `domain_aware` remembers.
+    """State of `domain_aware`.
 
     Attributes:
       reward: running mean reward of each domain.
-      seen: whether a domain has had rows.
-      share: of each domain in a step, as of the last refresh.
-      steps: learned from.
-      visits: steps in which each item was learned from.
+      seen: whether each domain has had rows.
+      share: share of each domain since the last refresh.
+      steps: steps trained on.
+      visits: steps in which each item was trained on.
     """
 
     reward: Float[Array, "D"]
@@ -38,8 +38,11 @@ def deficit_shares(reward: Float[Array, "D"], *, target: float = 1.0, temperatur
 
     Args:
       reward: mean reward of each domain.
-      target: reward from which on a domain needs no more.
+      target: reward at and above which v is 0.
       temperature: of the softmax.
+
+    Returns:
+      Shares with sum 1.
 
     Raises:
       ValueError: for a temperature that is not positive.
@@ -53,11 +56,14 @@ def deficit_shares(reward: Float[Array, "D"], *, target: float = 1.0, temperatur
 
 @ranged
 def share_counts(share: Float[Array, "D"], *, count: Count) -> Int[Array, "D"]:
-    """Slots of each domain: floor(count share_d), and what is left one by one to the domains of largest share.
+    """Slots of each domain: floor(count share_d); the remaining slots go one by one to the domains of largest share.
 
     Args:
-      share: of each domain; they add up to 1.
-      count: slots of a step.
+      share: share of each domain, with sum 1.
+      count: slots per step.
+
+    Returns:
+      Numbers of slots with sum `count`.
 
     Raises:
       ValueError: for a count below 1.
@@ -66,7 +72,7 @@ def share_counts(share: Float[Array, "D"], *, count: Count) -> Int[Array, "D"]:
     Certainty: verified
     """
     chex.assert_rank(share, 1)
-    # 0.3 * 10 is 3 here, whatever float32 makes of it.
+    # The tolerance keeps 0.3 * 10 at 3 in float32.
     whole = jnp.floor(count * share + 1e-4).astype(jnp.int32)
     rank = jnp.argsort(jnp.argsort(-share, stable=True), stable=True)
     return whole + (rank < count - whole.sum())
@@ -87,22 +93,23 @@ def domain_aware(
         r_d <- history r_d + (1 - history) mean reward of a step's rows of domain d    (the first mean as it is)
         share_d = exp(v_d / temperature) / sum_e exp(v_e / temperature),    v_d = max(0, target - r_d)
 
-    A step has floor(N share_d) prompts of domain d, and one more in the domains of largest share until there are N.
-    Within a domain items come by turns. A domain that a step did not have keeps its mean; shares are even at first.
+    A step has floor(N share_d) prompts of domain d, and one more of each domain of largest share until there are N.
+    Within a domain items are taken in rotation. A domain without rows in a step keeps its mean; shares are equal at
+    first.
 
     Args:
-      records: of the data, one an item; filled from the run.
-      domains: column of the records whose values are the domains, or several, for combinations.
-      target: reward from which on a domain needs no more.
+      records: records of the data, one per item; filled from the run.
+      domains: column of the records whose values are the domains, or several columns, for combinations.
+      target: reward at and above which v is 0.
       temperature: of the softmax.
-      history: how much of the running mean stays.
-      refresh_every_steps: steps between two changes of the shares.
+      history: decay of the running mean.
+      refresh_every_steps: steps between two updates of the shares.
 
     Returns:
       A `Selection`.
 
     Raises:
-      ValueError: for a column that records do not have, a single domain, or numbers out of range.
+      ValueError: for a column that a record lacks, a single domain, or a number out of range.
 
     Reference: DADS, RuleReasoner (2506.08672).
     Certainty: verified

@@ -1,4 +1,4 @@
-"""Prompts, or places of a text, by how uncertain the policy is about what follows there."""
+"""Prompts, or positions of a text, in the order of the entropy of their continuation."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from jaxrl_llm.selection.pools import Records, items_by_turns, means_of, record_
 
 
 class Tiers(NamedTuple):
-    """What is known of the places.
+    """State of `by_entropy`; an item is a prompt, such as a position of a text.
 
     Attributes:
-      entropy: of what follows each, as it was first met; NaN where it was not yet.
-      visits: steps in which each was learned from.
-      steps: taken.
+      entropy: entropy after each item at its first visit; NaN before.
+      visits: steps in which each item was trained on.
+      steps: steps trained on.
     """
 
     entropy: Float[Array, "I"]
@@ -31,7 +31,7 @@ class Tiers(NamedTuple):
 def tier_chances(
     progress: Float[Array, ""], first: tuple[float, ...], last: tuple[float, ...], hold: float, until: float
 ) -> Float[Array, "K"]:
-    """Chances of tiers: `first` until a share `hold` of the run is over, `last` from `until` on, linear between.
+    """Probabilities of the tiers: `first` up to the share `hold` of the run, `last` from `until` on, linear between.
 
     >>> tier_chances(jnp.float32(0.5), (0.6, 0.3, 0.1), (0.1, 0.3, 0.6), 0.3, 0.7).round(3).tolist()
     [0.3500000238418579, 0.30000001192092896, 0.3500000238418579]
@@ -42,9 +42,9 @@ def tier_chances(
 
 
 def tiers_of(entropy: Float[Array, "I"], ids: np.ndarray, tiers: int) -> Int[Array, "I"]:
-    """Tiers of equal size in the order of entropy, the least first; what is not known lies in the middle.
+    """Tiers of equal size in ascending order of entropy; an unknown entropy counts as the median.
 
-    Places of equal entropy are in the order of their records' numbers, wherever they stand.
+    Items of equal entropy are ordered by `ids`, the `record_ids`, so the tiers do not depend on the order of the data.
 
     >>> tiers_of(jnp.array([0.1, jnp.nan, 2.0]), np.array([7, 8, 9]), 3).tolist()
     [0, 1, 2]
@@ -65,26 +65,26 @@ def by_entropy(
     hold: Share = 0.3,
     until: Share = 0.7,
 ) -> Selection:
-    """Places of low entropy first, of high entropy later.
+    """Items of low entropy first, of high entropy later.
 
-        P = first until `hold` of the run, last from `until` on, linear between
+        P(tier) = first up to `hold` of the run, last from `until` on, linear between
 
-    of tiers of equal size, ordered by the entropy of what follows. A step draws a tier for each prompt, and within it
-    those that were learned from least often come first. The entropy is that of `position_entropy`, which an entry of
-    credit fills, where a prompt is first met: the base policy's is not known of all places before. Boundaries of tiers
-    and both tables of chances are ours.
+    Tiers have equal sizes and are ordered by the entropy of the continuation. A step draws a tier for each prompt;
+    within a tier, items with the fewest visits come first. The entropy is `position_entropy`, filled by an entry of
+    credit, at the first visit; the paper measures all items with the base policy. The bounds of the tiers and both
+    tables of probabilities are not from the paper.
 
     Args:
-      records: of the data, one an item; filled from the run.
-      total_steps: of the run; filled from it.
-      first, last: chances of the tiers at the start and at the end, the lowest entropy first.
-      hold, until: shares of the run between which chances change.
+      records: records of the data, one per item; filled from the run.
+      total_steps: steps of the run; filled from it.
+      first, last: probabilities of the tiers at the start and at the end, the lowest entropy first.
+      hold, until: shares of the run between which the probabilities change.
 
     Returns:
-      A `Selection`. It reports the chance of the highest tier.
+      A `Selection`. It reports the probability of the highest tier.
 
     Raises:
-      ValueError: for tables of different lengths, fewer prompts than tiers, or `until` below `hold`.
+      ValueError: for tables of different lengths or of zeros, fewer prompts than tiers, or `until` below `hold`.
 
     Reference: RMT (2509.24375).
     Certainty: verified
@@ -92,11 +92,11 @@ def by_entropy(
     count, ids = len(first), record_ids(records)
     if len(last) != count or not 0 < count <= len(ids) or sum(first) <= 0 or sum(last) <= 0:
         raise ValueError(
-            f"first has {count} chances, last {len(last)}, for {len(ids)} prompts; give equally many, not all 0, and "
-            "not more than there are prompts"
+            f"first has {count} probabilities and last {len(last)}, for {len(ids)} prompts; they must have equal "
+            "lengths, at most the number of prompts, and positive sums"
         )
     if until < hold:
-        raise ValueError(f"until is {until}, but hold {hold}; chances change from hold to until, so it must be larger")
+        raise ValueError(f"until is {until} and hold is {hold}; until must be at least hold")
 
     def chances(memory: Tiers) -> Float[Array, "K"]:
         return tier_chances(memory.steps / total_steps, first, last, hold, until)

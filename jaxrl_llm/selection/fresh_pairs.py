@@ -1,4 +1,4 @@
-"""Pairs out of a group of fresh samples: who is the better and who the worse answer, for the field `preferred`."""
+"""Preference pairs from a group of fresh samples: labels for the field `preferred`."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ def best_and_worst(
     count: Count = 1,
     least_gap: NonNegative = 0.0,
 ) -> Float[Array, "B"]:
-    """The best samples of a group against its worst: the pairs of online and iterative preference losses.
+    """Pairs of the best and the worst samples of a group, for online and iterative preference losses.
 
         preferred = 1 for the `count` highest rewards, 0 for the `count` lowest, -1 between
 
-    Of equal rewards the first row is the better one. A group makes no pair where best and worst are at most `least_gap`
-    apart, so equal rewards never do; with count 1 that is the margin of the pair, with a verifier's 0 and 1 a right and
-    a wrong answer. All pairs of a group are those of count G // 2.
+    Of equal rewards the first row ranks higher. A group makes no pair if its highest and lowest reward differ by at
+    most `least_gap`, so a group of equal rewards makes none. With count 1 that difference is the margin of the pair;
+    with rewards of 0 and 1 a pair is a right and a wrong answer. Count G // 2 labels all rows of a group of even size.
 
     Args:
-      rewards: score of each row, of a reward model, a judge or a verifier; NaN makes no pair.
+      rewards: score of each row, from a reward model, a judge or a verifier; rows of NaN are in no pair.
       group: id of the group each row belongs to.
       weight: weight of each row; 0 is absent.
-      count: better answers, and worse ones, of a group; at most half of it counts.
-      least_gap: in units of reward.
+      count: number of better answers and of worse answers per group, at most half of its rows.
+      least_gap: difference that the highest and lowest reward must exceed.
 
     Returns:
       One entry per row, for the field `preferred`; -1 in absent rows.
@@ -60,16 +60,16 @@ def best_and_worst(
 def guided_pairs(
     rewards: Float[Array, "B"], group: Int[Array, "B"], weight: Float[Array, "B"], branch: Float[Array, "B"]
 ) -> Float[Array, "B"]:
-    """One pair per prompt out of plain and guided attempts: a success with guidance against a failure without.
+    """One pair per prompt from plain and guided attempts: preferably a guided success against a plain failure.
 
         preferred = 1 for the first guided success, else the first plain one;
                     0 for the first plain failure, else the first guided one;   -1 elsewhere
 
-    A prompt without both makes no pair. The two stand behind the plain prompt, so a preference loss teaches what
-    guidance brought about without showing the guidance.
+    A prompt without a success or without a failure makes no pair. Both rows have the plain prompt, so a preference loss
+    trains the policy towards guided answers without the guidance in its input.
 
     Args:
-      rewards: a success has at least 1.
+      rewards: reward of each row; at least 1 is a success.
       group: id of the group each row belongs to.
       weight: weight of each row; 0 is absent.
       branch: 1 for guided attempts.
@@ -105,19 +105,19 @@ def by_threshold(
     least: float = 5.0,
     least_gap: NonNegative = 1.0,
 ) -> Float[Array, "B"]:
-    """Samples that are good by themselves against those that are clearly worse than all of these.
+    """Pairs of samples above an absolute threshold and samples that are worse than all of these by a gap.
 
-        preferred = 1 where r >= least,  0 where r <= (smallest reward of those) - least_gap,  -1 between
+        preferred = 1 where r >= least,   0 where r <= min{r_j : r_j >= least} - least_gap,   -1 else
 
-    Every pair of a better and a worse answer of the group has at least that gap, so a group of 6, 5, 5, 3 of which 5 is
-    good makes three pairs; the filter of DNO on an additive scale of 6 points would also take 6 against 5.
+    Every pair of a better and a worse answer differs by at least `least_gap`: rewards 6, 5, 5, 3 with least 5 make
+    three pairs. The filter of DNO, on an additive scale of 6 points, would also pair 6 with 5.
 
     Args:
-      rewards: score of each row; NaN makes no pair.
+      rewards: score of each row; rows of NaN are in no pair.
       group: id of the group each row belongs to.
       weight: weight of each row; 0 is absent.
-      least: score of a good answer.
-      least_gap: in units of reward.
+      least: smallest score of a better answer.
+      least_gap: smallest difference of a pair, in units of reward.
 
     Returns:
       One entry per row, for the field `preferred`; -1 in absent rows.
@@ -141,7 +141,7 @@ def by_threshold(
 def reward_gap(
     rewards: Float[Array, "B"], group: Int[Array, "B"], preferred: Float[Array, "B"], weight: Float[Array, "B"]
 ) -> Float[Array, "B"]:
-    """How much better the better answers of a group are than its worse ones: the margin of fresh pairs.
+    """Margin of fresh pairs: the difference of mean rewards between the better and the worse answers of a group.
 
         margin = mean reward of the better answers - mean reward of the worse ones
 
@@ -152,7 +152,7 @@ def reward_gap(
       weight: weight of each row; 0 is absent.
 
     Returns:
-      One entry per row, for the field `margin`, the same in a group; 0 where it has no pair.
+      One entry per row, for the field `margin`, equal within a group; 0 in groups without a pair.
 
     Reference: Secrets of RLHF II, adaptive margins (2401.06080), of rewards.
     Certainty: recalled
@@ -175,21 +175,22 @@ def rejection_sampled(
     *,
     beta: Positive = 0.5,
 ) -> Float[Array, "B"]:
-    """Weights that keep samples as if the policy were already tilted by its rewards: RSO, one pass.
+    """Weights by rejection sampling from the reward-tilted policy: RSO, one pass.
 
         kept where u < exp((r - max r of the group) / beta),   u uniform
 
-    The best sample is always kept. What is kept is distributed like pi * exp(r / beta); beta near 0 is best-of-n, a
-    large beta keeps all. Before `best_and_worst`, pairs come from the policy that the loss has as its optimum.
+    The best sample is always kept. Kept samples are distributed approximately like pi * exp(r / beta); beta near 0 is
+    best-of-n, a large beta keeps all. Followed by `best_and_worst`, the pairs are sampled from the optimal policy of
+    the loss.
 
     Args:
       rewards: score of each row.
       group: id of the group each row belongs to.
       weight: weight of each row; 0 is absent.
-      step: of training, part of the address of u.
+      step: updates made so far; u is a function of step, prompt and sample.
       prompt_id: stable id of the prompt.
       sample: number of the sample within its group.
-      beta: units of reward, that of the preference loss.
+      beta: temperature in units of reward; use the beta of the preference loss.
 
     Returns:
       The new weight of each row.
@@ -206,7 +207,7 @@ def rejection_sampled(
 def acceptance_probability(
     rewards: Float[Array, "B"], group: Int[Array, "B"], weight: Float[Array, "B"], *, beta: Positive = 0.5
 ) -> Float[Array, "B"]:
-    """exp((r - max r of the group) / beta), how likely `rejection_sampled` keeps a row; 0 in absent rows.
+    """Probability that `rejection_sampled` keeps each row: exp((r - max r of the group) / beta); 0 in absent rows.
 
     Reference: RSO (2309.06657).
     Certainty: recalled

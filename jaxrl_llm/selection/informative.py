@@ -1,4 +1,4 @@
-"""Which rows are worth an update: credit functions that return a new `weight`."""
+"""Filters of rows without a gradient: credit functions that return a new `weight`."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from jaxrl_llm.statistics import group_max, group_min, group_size
 def nonconstant_groups(
     rewards: Float[Array, "B"], group: Int[Array, "B"], weight: Float[Array, "B"], *, tolerance: NonNegative = 0.0
 ) -> Float[Array, "B"]:
-    """Weights with groups of equal rewards left out: the filter of DAPO's dynamic sampling.
+    """Weights without groups of equal rewards: the filter of DAPO's dynamic sampling.
 
-    Groups of one are kept. Refilling the batch with new prompts is the rollout's part.
+    Groups of one row are kept. The rollout refills the batch with new prompts.
 
     Args:
       rewards: total reward of each row.
       group: id of the group each row belongs to.
       weight: weight of each row; 0 is absent.
-      tolerance: largest difference of rewards that still counts as equal.
+      tolerance: largest difference of rewards that counts as equal.
 
     Returns:
       The new weight of each row.
@@ -41,9 +41,9 @@ def nonconstant_groups(
 def nonzero_advantages(
     advantages: Float[Array, "B T"], mask: Float[Array, "B T"], weight: Float[Array, "B"]
 ) -> Float[Array, "B"]:
-    """Weights with rows left out whose advantage is 0 on every token.
+    """Weights without rows whose advantage is 0 on every token.
 
-    They have no gradient; left in, they still count in every average and so dilute the others.
+    Such rows have no gradient, but count in the denominators of averages.
 
     Args:
       advantages: advantage of each token.

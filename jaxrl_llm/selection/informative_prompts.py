@@ -1,4 +1,4 @@
-"""Prompts by how often they are solved: filters, learnability, and the history of single prompts."""
+"""Selection of prompts by their pass rates: filters, learnability, and the variance over visits."""
 
 from __future__ import annotations
 
@@ -34,29 +34,29 @@ def informativeness(
     high: float | None = None,
     samples_per_prompt: Count = 8,
 ) -> Float[Array, "*N"]:
-    """What prompts of these pass rates are worth to learn from.
+    """Value of prompts for training, by their pass rates.
 
         variance    p (1 - p)                   learnability
-        deviation   2 sqrt(p (1 - p))           expected size of an advantage that is divided by its deviation
-        mixed       1 - p^G - (1 - p)^G         chance that a group holds right and wrong samples
-        band        1[low < p < high]           a filter; both ends are left out
+        deviation   2 sqrt(p (1 - p))           expected absolute advantage, normalised by the deviation
+        mixed       1 - p^G - (1 - p)^G         probability that a group has right and wrong samples
+        band        1[low < p < high]           a filter; both ends are excluded
 
     `band` is RIF-RFT with low 0 (solved at least once), AceReason's late stage with high 1 (failed at least once),
-    Guru's filter with 0.1 and 0.9, Light-R1's with 0.2 and 0.625. NaN, a prompt without a rate, is worth what the best
-    rate is.
+    Guru's filter with 0.1 and 0.9, Light-R1's with 0.2 and 0.625. An unknown rate (NaN) has the largest value of the
+    rule.
 
     Args:
-      success: p.
-      rule: which of them.
-      low: lower end of the band; None has none.
-      high: upper end of the band; None has none.
-      samples_per_prompt: G, of `mixed`.
+      success: p, pass rate of each prompt.
+      rule: as above.
+      low: lower end of the band; None for no bound.
+      high: upper end of the band; None for no bound.
+      samples_per_prompt: G of the rule `mixed`.
 
     Returns:
-      A number for each rate, at least 0.
+      A number of at least 0 for each rate.
 
     Raises:
-      ValueError: for an unknown rule, or a band without anything inside.
+      ValueError: for an unknown rule, or an empty band.
 
     Reference: RIF-RFT (2507.05386); Guru (2506.14965); Light-R1 (2503.10460); AceReason-Nemotron 1.1 (2506.13284).
     Certainty: verified
@@ -81,13 +81,16 @@ def informativeness(
 def kept_by_two_maps(
     strong: Float[Array, "*N"], weak: Float[Array, "*N"], *, low: float = 0.1, high: float = 0.9
 ) -> Bool[Array, "*N"]:
-    """Prompts that are neither impossible for a strong model nor trivial for a weak one: strong > low and weak < high.
+    """Prompts that are not impossible for a strong model and not trivial for a weak one: strong > low and weak < high.
 
     Args:
-      strong: pass rate of the strong model; NaN is unknown, and drops nothing.
-      weak: pass rate of the weak model.
-      low: at most this of the strong model's answers right is impossible.
-      high: at least this of the weak model's answers right is trivial.
+      strong: pass rate of the strong model; an unknown rate (NaN) keeps the prompt.
+      weak: pass rate of the weak model; NaN as for `strong`.
+      low: pass rate of the strong model up to which a prompt is impossible.
+      high: pass rate of the weak model from which a prompt is trivial.
+
+    Returns:
+      True for prompts to keep.
 
     Reference: Guru (2506.14965).
     Certainty: verified
@@ -96,7 +99,7 @@ def kept_by_two_maps(
 
 
 class Rates(NamedTuple):
-    """What `by_pass_rate` remembers: the pass rate of each item, NaN before there is one, and its visits."""
+    """State of `by_pass_rate`: the pass rate of each item (NaN if unknown) and its visits."""
 
     success: Float[Array, "I"]
     visits: Int[Array, "I"]
@@ -113,29 +116,29 @@ def by_pass_rate(
     pass_rate: str | None = None,
     samples_per_prompt: Count | None = None,
 ) -> Selection:
-    """Prompts by `informativeness` of their pass rates, which rollouts keep up to date.
+    """Prompts by the `informativeness` of their pass rates, which are updated by rollouts.
 
         p_i <- (1 - rate) p_i + rate mean(correct of the item's rows)    (the first mean as it is)
 
-    `band` takes the prompts inside by turns, so that an epoch goes through all of them; other rules draw with
+    `band` takes the prompts inside the band in rotation, so that an epoch covers all of them; other rules draw with
     replacement, P_i = informativeness(p_i) / sum_j informativeness(p_j). Prompts without a rate count as the most
-    informative ones. Where no prompt is worth anything all are drawn evenly, and the metric `wanted_share` is 0.
+    informative. If all values are 0, the draw is uniform and the metric `wanted_share` is 0.
 
-    A prompt outside the band is not tried again. With `pass_rate` and rate 0 the map is that of the data and stays.
+    A prompt outside the band is never drawn again. With `pass_rate` and rate 0 the rates of the data stay fixed.
 
     Args:
-      records: of the data, one an item; filled from the run.
-      rule, low, high: of `informativeness`.
-      rate: how fast rates follow; 1 is that of the last visit.
-      pass_rate: column of the records with rates of another run or model; null is unknown.
-      samples_per_prompt: of the rule mixed; filled from the run.
+      records: records of the data, one per item; filled from the run.
+      rule, low, high: as in `informativeness`.
+      rate: step size of the pass rates; 1 takes the rate of the last visit.
+      pass_rate: column of the records with pass rates of another run or model; null for an unknown rate.
+      samples_per_prompt: G of the rule `mixed`; filled from the run.
 
     Returns:
       A `Selection`.
 
     Raises:
-      ValueError: as for `informativeness`; for a column that records do not have, a number outside [0, 1] there, or a
-        rate of 0 without a column.
+      ValueError: as for `informativeness`; for a column that a record lacks, a pass rate outside [0, 1], or a rate of 0
+      without `pass_rate`.
 
     Reference: RIF-RFT (2507.05386); Guru (2506.14965); Light-R1 (2503.10460); AceReason-Nemotron 1.1 (2506.13284).
     Certainty: reconstructed
@@ -148,7 +151,7 @@ def by_pass_rate(
         if (wrong := np.flatnonzero((start < 0) | (start > 1))).size:
             raise ValueError(f"{pass_rate} of record {wrong[0]} is {found[wrong[0]]}; it must lie in [0, 1]")
     elif rate == 0:
-        raise ValueError("rate is 0, so rates never change, and there is no column pass_rate that gives them; name one")
+        raise ValueError("rate is 0 and pass_rate is missing, so pass rates stay unknown; name a column in pass_rate")
 
     def worth(memory: Rates) -> Float[Array, "I"]:
         samples = samples_per_prompt or 8
@@ -157,7 +160,7 @@ def by_pass_rate(
     def init() -> Rates:
         return Rates(jnp.asarray(start), jnp.zeros(len(ids), jnp.int32))
 
-    worth(init())  # what cannot be is refused here
+    worth(init())  # raises for invalid hyper-parameters
 
     def choose(memory: Rates, key: Array, count: int) -> Int[Array, "N"]:
         if rule == "band":
@@ -180,7 +183,7 @@ def by_pass_rate(
 
 
 class History(NamedTuple):
-    """What `most_variable` remembers of each item's pass rate over its visits, and the steps made."""
+    """State of `most_variable`: visits of each item, running mean and sum of squares of its pass rate, and steps."""
 
     visits: Int[Array, "I"]
     mean: Float[Array, "I"]
@@ -190,32 +193,33 @@ class History(NamedTuple):
 
 @ranged
 def most_variable(*, records: Records, explore_steps: Natural, prompts: Count = 1, first: Natural = 0) -> Selection:
-    """All prompts for a while, then only those whose pass rate varied most over their visits: one-shot RLVR.
+    """All prompts at first, then only those whose pass rate varied most over their visits: one-shot RLVR.
 
         score_i = sqrt(sum_v (a_vi - mean_v a_vi)^2 / V)    the deviation of the pass rate over V visits
 
-    The chosen prompts fill the batch in equal parts. The paper makes the
-    choice in a run of its own and begins again; here the policy goes on. With `explore_steps` 0 the prompts are those
-    from number `first` on.
+    The chosen prompts fill the batch in equal parts. The paper chooses in a separate run and restarts from the base
+    policy; here training continues. With `explore_steps` 0 the prompts are those from number `first` on.
 
     Args:
-      records: of the data, one an item; filled from the run.
-      explore_steps: steps on all prompts, by turns; at least two visits of each make a score.
-      prompts: how many are chosen.
-      first: number of the first one where nothing is explored.
+      records: records of the data, one per item; filled from the run.
+      explore_steps: steps on all prompts, in rotation; a score needs at least two visits of the prompt.
+      prompts: number of prompts to choose.
+      first: number of the first prompt if `explore_steps` is 0.
 
     Returns:
       A `Selection`.
 
     Raises:
-      ValueError: for more prompts than there are.
+      ValueError: for more prompts than the data has.
 
     Reference: One-shot RLVR (2504.20571).
     Certainty: verified
     """
     ids = record_ids(records)
     if first + prompts > len(ids):
-        raise ValueError(f"prompts is {prompts} from number {first} on, but there are {len(ids)}; take fewer")
+        raise ValueError(
+            f"first + prompts is {first + prompts}, but the data has {len(ids)} prompts; lower one of the two"
+        )
 
     def ranked(memory: History) -> Int[Array, "I"]:
         return jnp.lexsort((jnp.asarray(ids), -memory.squares / jnp.maximum(memory.visits, 1)))
@@ -227,7 +231,7 @@ def most_variable(*, records: Records, explore_steps: Natural, prompts: Count = 
     def choose(memory: History, key: Array, count: int) -> Int[Array, "N"]:
         every = items_by_turns(jnp.zeros(count, jnp.int32), np.zeros(len(ids), np.int32), memory.visits, key, ids, 1)
         best = ranked(memory)[:prompts] if explore_steps else first + jnp.arange(prompts)
-        # The choice behind a memory of n updates is that of step n + 1.
+        # After n updates, this chooses the prompts of step n + 1.
         few = best[jnp.arange(count) % prompts].astype(jnp.int32)
         return jnp.where(memory.steps < explore_steps, every, few)
 
@@ -235,7 +239,7 @@ def most_variable(*, records: Records, explore_steps: Natural, prompts: Count = 
         memory: History, item: Int[Array, "B"], correct: Float[Array, "B"], weight: Float[Array, "B"]
     ) -> History:
         mean, met = means_of(correct, item, weight, len(ids))
-        met = met & (memory.steps < explore_steps)  # the choice stays
+        met = met & (memory.steps < explore_steps)  # the scores are then final
         visits = memory.visits + met
         step = mean - memory.mean
         moved = memory.mean + step / jnp.maximum(visits, 1)

@@ -1,4 +1,4 @@
-"""A fixed number of rollouts shared out by what they are worth: a knapsack with a concave value for each prompt."""
+"""Allocation of a fixed number of rollouts over prompts: a knapsack problem with a concave value per prompt."""
 
 from __future__ import annotations
 
@@ -14,11 +14,14 @@ from jaxrl_llm.ranges import Count, OpenShare, ranged
 
 
 def mixed_probability(samples: Float[Array, "*N"], success: Float[Array, "*N"]) -> Float[Array, "*N"]:
-    """Probability that a group holds right and wrong samples: 1 - p^N - (1 - p)^N.
+    """Probability that a group has right and wrong samples: 1 - p^N - (1 - p)^N.
 
     Args:
       samples: N.
-      success: p, the chance of a right sample.
+      success: p, probability of a right sample.
+
+    Returns:
+      A probability per prompt.
 
     Reference: Knapsack RL (2509.25849).
     Certainty: verified
@@ -27,13 +30,16 @@ def mixed_probability(samples: Float[Array, "*N"], success: Float[Array, "*N"]) 
 
 
 def rollout_value(samples: Float[Array, "*N"], success: Float[Array, "*N"]) -> Float[Array, "*N"]:
-    """What N rollouts of a prompt are worth: (1 - p^N - (1 - p)^N) p (1 - p)^2, and 0 where p is 0 or 1.
+    """Value of N rollouts of a prompt: (1 - p^N - (1 - p)^N) p (1 - p)^2, which is 0 where p is 0 or 1.
 
-    The second factor is the first-order gain of one gradient step; it is largest at p = 1 / 3.
+    The factor p (1 - p)^2 is the first-order gain of a gradient step; it is largest at p = 1 / 3.
 
     Args:
       samples: N.
-      success: p, the chance of a right sample.
+      success: p, probability of a right sample.
+
+    Returns:
+      A value per prompt.
 
     Reference: Knapsack RL (2509.25849).
     Certainty: verified
@@ -45,17 +51,20 @@ def rollout_value(samples: Float[Array, "*N"], success: Float[Array, "*N"]) -> F
 def rollouts_for_signal(
     success: Float[Array, "*N"], *, rule: Literal["probability", "expectation"] = "probability", alpha: OpenShare = 0.9
 ) -> Float[Array, "*N"]:
-    """Rollouts until a group of 0 < p < 1 is mixed.
+    """Rollouts until a group has right and wrong samples, for 0 < p < 1.
 
         probability   log(1 - alpha) / log(max(p, 1 - p))    mixed with probability about alpha
-        expectation   1 / (p (1 - p)) - 1                    the expected number
+        expectation   1 / (p (1 - p)) - 1                    expected number
 
-    Infinite where p is 0 or 1.
+    It is infinite where p is 0 or 1.
 
     Args:
-      success: p.
-      rule: which of the two.
-      alpha: of the first.
+      success: p, probability of a right sample.
+      rule: as above.
+      alpha: probability of the rule `probability`.
+
+    Returns:
+      A number of rollouts per prompt, not rounded.
 
     Raises:
       ValueError: for an unknown rule, or an alpha outside (0, 1).
@@ -85,21 +94,23 @@ def knapsack_rollouts(
     rule: Literal["probability", "expectation"] = "probability",
     alpha: OpenShare = 0.9,
 ) -> Int[Array, "N"]:
-    """How many rollouts each prompt of a batch gets; they add up to N * samples_per_prompt.
+    """Number of rollouts of each prompt of a batch, with sum N * samples_per_prompt.
 
-    A prompt that was not seen yet gets `samples_per_prompt`, one that was always or never right `least`, the others
-    `least` and what maximises the sum of `rollout_value` over them, at most `most`. The value is concave, so giving one
-    rollout after the other to the largest gain is exact; ties go to the first. Rollouts that the mixed prompts cannot
-    use (more than `rollouts_for_signal` of each) are spread evenly over the prompts that were never right, or if there
-    are none over those that always were.
+    An unseen prompt gets `samples_per_prompt` rollouts, and a prompt with p = 0 or 1 gets `least`. A mixed prompt (0 <
+    p < 1) gets between `least` and `most`, such that the sum of `rollout_value` over the mixed prompts is maximal. The
+    value is concave, so greedy allocation is exact; ties go to the first prompt. Rollouts beyond `rollouts_for_signal`
+    of the mixed prompts are spread evenly over the prompts with p = 0, or over those with p = 1 if there are none.
 
     Args:
-      success: share of right samples at the last visit.
-      seen: whether there was one.
-      samples_per_prompt: the mean.
-      least: rollouts of every prompt that was seen.
-      most: rollouts of a mixed prompt.
+      success: p, share of right samples at the last visit.
+      seen: whether the prompt was visited.
+      samples_per_prompt: mean number of rollouts.
+      least: fewest rollouts of a seen prompt.
+      most: most rollouts of a mixed prompt by its value.
       rule, alpha: as for `rollouts_for_signal`.
+
+    Returns:
+      A number of rollouts per prompt.
 
     Raises:
       ValueError: unless 1 <= least <= samples_per_prompt <= most.
@@ -133,12 +144,12 @@ def knapsack_rollouts(
 
     extra = jax.lax.fori_loop(0, success.shape[0] * samples_per_prompt, one, jnp.zeros(success.shape, jnp.int32))
     counts = start + _evenly(surplus, takers) + extra + _evenly(left - extra.sum(), mixed)
-    # With neither a mixed prompt nor one that was never right there is nothing to choose.
+    # Without a seen prompt of p < 1 the allocation is uniform.
     return jnp.where(jnp.any(mixed | never), counts, samples_per_prompt)
 
 
 def _evenly(total: Int[Array, ""], takers: Bool[Array, "N"]) -> Int[Array, "N"]:
-    """Shares of a number that differ by at most one; the first ones get the remainder."""
+    """`total` split into integers that differ by at most one; the first takers get the remainder."""
     count = jnp.maximum(jnp.sum(takers), 1)
     rank = jnp.cumsum(takers) - 1
     shares = total // count + (rank < total % count)

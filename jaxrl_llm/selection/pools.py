@@ -1,9 +1,8 @@
-"""Items by kind, and how items are drawn: what all selections with memory share.
+"""Items by category and rules of drawing items, shared by all selections with memory.
 
-One meaning for all. Random numbers belong to an item's record and not to its place, so that prompts in another order
-are chosen alike. Where items are taken by turns, those that were learned from least often come first, in random order:
-an epoch ends when all of them had their turn. Ties are decided by a number made of the record. The choices of the step
-under way are not counted yet, so two steps that follow one another may share items.
+An item's random numbers depend on its record and not on its index, so the choice does not depend on the order of the
+data. Rotation takes items with the fewest visits first, in random order, so an epoch covers all items. The prompts of
+the current step are not counted yet, so consecutive steps may share items.
 """
 
 from __future__ import annotations
@@ -24,12 +23,12 @@ Records = Sequence[Mapping[str, Any]]
 
 
 class Pool(NamedTuple):
-    """Items by kind.
+    """Items by category.
 
     Attributes:
-      of_item: number of each item's kind.
-      kinds: values of the columns, in order.
-      ids: a number for each record, the same wherever it stands.
+      of_item: index of each item's category.
+      kinds: values of the columns for each category, sorted.
+      ids: `record_ids` of the records.
     """
 
     of_item: np.ndarray
@@ -38,15 +37,15 @@ class Pool(NamedTuple):
 
     @property
     def labels(self) -> list[str]:
-        """Names of the kinds in metrics."""
+        """Names of the categories in metrics."""
         return ["-".join(map(str, kind)) for kind in self.kinds]
 
 
 def column(records: Records, name: str, asks: str) -> list[Any]:
-    """A column of all records.
+    """Values of one column over all records.
 
     Raises:
-      ValueError: where a record does not have it.
+      ValueError: if a record lacks it; the message begins with `asks`.
     """
     if lacking := next((record for record in records if name not in record), None):
         raise ValueError(f"{asks}, but a record has no {name!r}; its columns are {', '.join(sorted(lacking))}")
@@ -54,20 +53,20 @@ def column(records: Records, name: str, asks: str) -> list[Any]:
 
 
 def record_ids(records: Records) -> np.ndarray:
-    """A number for each record, made of its content."""
+    """A hash of the content of each record."""
     return np.array([zlib.crc32(repr(sorted(record.items())).encode()) for record in records], np.uint32)
 
 
 def pool(records: Records, columns: str | tuple[str, ...], *, name: str) -> Pool:
-    """Items by the values of one column or of several.
+    """Items grouped by the values of one or several columns.
 
     Args:
-      records: of the data, one an item.
-      columns: whose values are the kinds.
-      name: of the hyper-parameter, for errors.
+      records: records of the data, one per item.
+      columns: columns whose values are the categories.
+      name: hyper-parameter to name in errors.
 
     Raises:
-      ValueError: for a column that a record does not have, or a single kind.
+      ValueError: for a column that a record lacks, or a single category.
     """
     columns = (columns,) if isinstance(columns, str) else tuple(columns)
     asks = f"{name} is {', '.join(columns)}"
@@ -90,33 +89,36 @@ def items_by_turns(
     ids: np.ndarray,
     kinds: int,
 ) -> Int[Array, "N"]:
-    """An item of each slot's kind: those learned from least often first, in random order, round and round.
+    """An item of each slot's category, in rotation: fewest visits first, in random order.
 
     Args:
-      of_slot: kind that each slot asks for; it has items.
-      of_item: kind of each item.
-      visits: steps in which each item was learned from.
+      of_slot: category of each slot; it must have items.
+      of_item: category of each item.
+      visits: steps in which each item was trained on.
       key: random key.
-      ids: of the records.
-      kinds: how many there are.
+      ids: `record_ids`.
+      kinds: number of categories.
+
+    Returns:
+      Item numbers.
     """
     of_item = jnp.asarray(of_item)
     size = jax.ops.segment_sum(jnp.ones_like(of_item), of_item, num_segments=kinds)
     start = jnp.cumsum(size) - size
-    # How many slots before this one ask for the same kind.
+    # Number of earlier slots of the same category.
     number = jnp.tril(of_slot[:, None] == of_slot[None, :], -1).sum(axis=1)
     order = jnp.lexsort((uniforms_at(key, jnp.asarray(ids)), visits, of_item))
     return order[start[of_slot] + number % size[of_slot]].astype(jnp.int32)
 
 
 def wanted_items(wanted: Bool[Array, "I"], visits: Int[Array, "I"], key: Array, count: int, ids: np.ndarray) -> Array:
-    """`count` items of those that are wanted, by turns; of all where none is."""
+    """`count` of the wanted items, in rotation; of all items if none is wanted."""
     kept = wanted | ~jnp.any(wanted)
     return items_by_turns(jnp.ones(count, jnp.int32), kept.astype(jnp.int32), visits, key, ids, 2)
 
 
 def items_by_weight(weights: Float[Array, "I"], key: Array, count: int, ids: np.ndarray) -> Int[Array, "N"]:
-    """`count` items drawn with replacement in proportion to their weights; evenly where all weights are 0."""
+    """`count` items drawn with replacement in proportion to their weights; uniformly if all weights are 0."""
     chex.assert_rank(weights, 1)
     weights = jnp.where(jnp.any(weights > 0), weights, 1.0)
     order = np.argsort(ids, kind="stable")
@@ -127,14 +129,14 @@ def items_by_weight(weights: Float[Array, "I"], key: Array, count: int, ids: np.
 
 
 def visited(visits: Int[Array, "I"], item: Int[Array, "B"], weight: Float[Array, "B"]) -> Int[Array, "I"]:
-    """Visits after a step: one more for each item that has a row."""
+    """Visits after a step: one more for each item with a present row."""
     return visits + jnp.zeros_like(visits).at[item].max((weight > 0).astype(jnp.int32))
 
 
 def means_of(
     values: Float[Array, "B"], number: Int[Array, "B"], there: Array, count: int
 ) -> tuple[Float[Array, "K"], Bool[Array, "K"]]:
-    """(mean of the rows of each number, whether it has any)."""
+    """(mean over the rows of each number, whether it has rows)."""
     chex.assert_equal_shape([values, number, there])
     there = there > 0
     total = jax.ops.segment_sum(jnp.where(there, values.astype(jnp.float32), 0.0), number, num_segments=count)

@@ -1,4 +1,4 @@
-"""Which prompts are rehearsed instead of explored, and which stored answers a step rehearses."""
+"""Rehearsal: prompts to rehearse instead of explore, and the stored answers of each step."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ def near_perfect_groups(
     attempts: Count = 4,
     min_correct: Count = 4,
 ) -> Float[Array, "B"]:
-    """1 in groups whose prompt the policy solves reliably, 0 in those that it still has to explore.
+    """1 in groups whose prompt the policy solves reliably, 0 in the other groups, which are explored.
 
         sum_{j <= attempts} correct_j >= min_correct    over the samples j of the group
 
-    Made once, on answers of the initial policy. A near-perfect prompt gets one stored answer of that policy, kept if
-    correct, and is only rehearsed (`losses.rehearsal_divergence`); all others, the unsolvable ones too, are trained on
-    with a reward.
+    Computed once, on answers of the initial policy. For a near-perfect prompt one answer of that policy is stored if it
+    is correct, and the prompt is only rehearsed (`losses.rehearsal_divergence`); all other prompts, including
+    unsolvable ones, are trained on with a reward.
 
     Args:
-      correct: above 0 in rows whose answer is right.
+      correct: positive in rows with a right answer.
       sample: number of the sample within its group, from 0.
       group: id of the group each row belongs to.
       weight: weight of each row; 0 is absent.
-      attempts: samples of a prompt that are looked at (4 in the released script; its comment has 8).
-      min_correct: how many of them must be right (4; the comment has 6).
+      attempts: samples per prompt to count (4 in the released script; its comment says 8).
+      min_correct: number of them that must be right (4 in the script; its comment says 6).
 
     Returns:
-      1 or 0 a row, 0 in absent rows.
+      1 or 0 per row, 0 in absent rows.
 
     Raises:
       ValueError: unless 1 <= min_correct <= attempts.
@@ -56,15 +56,15 @@ def near_perfect_groups(
 
 @ranged
 def cycled_rows(key: Array, step: Int[Array, ""] | int, *, stored: Count, rows_per_step: Count) -> Int[Array, "N"]:
-    """Row numbers of the stored answers that a step rehearses: every pass over them in a new order, none left out.
+    """Row numbers of the stored answers of a step: every pass covers all rows once, in a new random order.
 
-    The order depends on the key and the number of the pass only, so a resumed run goes on where it was.
+    The order depends only on the key and the number of the pass, so a resumed run continues the sequence.
 
     Args:
-      key: random key of the rehearsal.
+      key: random key.
       step: number of the step, from 0.
-      stored: how many answers there are.
-      rows_per_step: how many a step takes; may exceed `stored`.
+      stored: number of stored answers.
+      rows_per_step: rows per step; may exceed `stored`.
 
     Returns:
       `rows_per_step` numbers in [0, stored).
@@ -79,7 +79,7 @@ def cycled_rows(key: Array, step: Int[Array, ""] | int, *, stored: Count, rows_p
     chex.assert_rank(step, 0)
     first = step * rows_per_step
     first_pass = first // stored
-    # A step touches this many passes at most.
+    # A step spans at most this many passes.
     passes = first_pass + jnp.arange((rows_per_step - 1) // stored + 2)
     orders = jax.vmap(lambda number: jax.random.permutation(jax.random.fold_in(key, number), stored))(passes)
     position = first + jnp.arange(rows_per_step)

@@ -1,4 +1,4 @@
-"""Which prompts are kept by how far their rewards lie apart, and which turns of a row are read."""
+"""A filter of prompts by the deviation of their rewards, and a random subset of the turns of a row."""
 
 from __future__ import annotations
 
@@ -14,19 +14,20 @@ from jaxrl_llm.statistics import at_turns, group_leader, group_std
 
 @ranged
 def spread_filter(*, beta: NonNegative = 0.5, decay: ShareBelowOne = 0.99) -> Method:
-    """Drops prompts whose rewards lie closer together than a share of what they did on average.
+    """Weights without prompts whose reward deviation is below a share of its moving average.
 
         e <- decay * e + (1 - decay) * mean_p s_p,   w = w where s_p >= beta * e, else 0
 
-    with s_p the population deviation of the rewards of prompt p; the first batch has e = mean_p s_p. It removes prompts
-    that are all easy or all hopeless under a reward that is no longer 0 or 1. Fill `weight` with it.
+    with s_p the population deviation of the rewards of prompt p; in the first batch e = mean_p s_p. For rewards on a
+    continuous scale it removes prompts whose samples are all good or all bad. An entry of credit fills `weight` with
+    it.
 
     Args:
-      beta: share of the average that a prompt has to reach.
-      decay: what the average keeps of its past at each batch.
+      beta: share of the average that s_p must reach.
+      decay: decay of the moving average per batch.
 
     Returns:
-      A method that remembers e; its update gives one weight per row.
+      A method that remembers e; its update returns one weight per row.
 
     Raises:
       ValueError: for a decay outside [0, 1) or a negative beta.
@@ -61,19 +62,19 @@ def drawn_turns(
     max_turns: Count,
     count: Count,
 ) -> Float[Array, "B S"]:
-    """1 for some of the turns that each row took, drawn without replacement; all of them where there are no more.
+    """1 for `count` of the turns of each row, drawn without replacement; for all turns of a row that has no more.
 
-        d_s = [ u_s is among the `count` smallest ],   u uniform over the turns that were taken
+        d_s = 1[u_s is among the `count` smallest],   u_s uniform, for the turns with tokens
 
     Args:
       turn: index of the turn that each token belongs to.
-      mask: non-zero on tokens that count; a turn without any was not taken.
+      mask: non-zero on tokens that count; a turn without such tokens is not drawn.
       prompt_id, sample, step: address the random numbers.
-      max_turns: turns that are drawn from, S.
-      count: turns that are drawn of each row.
+      max_turns: S; later turns are ignored.
+      count: turns to draw per row.
 
     Returns:
-      One number per turn.
+      1 or 0 per turn.
 
     Reference: LaRe (2412.11120).
     Certainty: verified

@@ -1,4 +1,4 @@
-"""Good extra answers in the place of rows of the batch, as many as an entropy target asks for."""
+"""Exchange of batch rows for good extra answers, with their number set by an entropy target."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from jaxrl_llm.statistics import sampled_entropy
 
 @ranged
 def steered_batch(*, target: NonNegative = 0.5, cap: Natural = 60, threshold: float = 0.05) -> Method:
-    """Weights that put good extra answers in the place of as many rows of the batch: AEPO.
+    """Weights that exchange rows of the batch for equally many good extra answers: AEPO.
 
-    Of the extra answers (drawn at the steering temperature, each prompt's a group of its own) those with an advantage
-    above `threshold` qualify. n = min(cap, how many qualify), halved and rounded down where the entropy of the step
-    before was above the target. The first n of them are kept and the first n other rows leave, so that the batch keeps
-    its size. Then `steered_advantages` sets the advantage of the extra answers to 1.
+    Extra answers are drawn at the steering temperature, with a separate group per prompt. Those with an advantage above
+    `threshold` qualify. n = min(cap, number of qualified answers), halved and rounded down if the entropy of the
+    previous step was above the target. The first n qualified answers are kept and the first n ordinary rows get weight
+    0, so the batch keeps its size. Then `steered_advantages` sets the advantage of the extra answers to 1.
 
     Args:
-      target: entropy to hold, in nats per token.
-      cap: most answers that are exchanged.
-      threshold: least advantage of an extra answer.
+      target: intended entropy, in nats per token.
+      cap: largest n.
+      threshold: value that the advantage of an extra answer must exceed.
 
     Returns:
-      A method that remembers the entropy of the rows it kept; its update gives the new weight of each row, from the
-      advantages within each group and from `extra`, which is True on extra answers.
+      A method that remembers the entropy of the rows it kept; its update returns the new weight of each row. It reads
+      `advantages`, computed within each group, and `extra`, which is True on extra answers.
 
     Raises:
       ValueError: for a negative cap.

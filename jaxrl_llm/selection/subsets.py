@@ -1,7 +1,7 @@
-"""Which samples of a prompt are trained on: credit functions that return a new `weight`.
+"""Subsets of the samples of a prompt to train on: credit functions that return a new `weight`.
 
-They come after the advantages, which compare all samples. Where a choice is random, the random number of a row is
-addressed by step, prompt and sample, so it does not depend on where the row stands in the batch.
+They are placed after the advantages, which compare all samples. In random choices the random number of a row is a
+function of step, prompt and sample, so it does not depend on the index of the row.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ Side = Literal["negatives", "both"]
 
 
 def row_uniforms(step: Int[Array, ""] | int, prompt_id: Int[Array, "B"], sample: Int[Array, "B"]) -> Float[Array, "B"]:
-    """A random number in [0, 1) for each row, the same wherever and whenever it is asked for."""
+    """A random number in [0, 1) for each row, a function of step, prompt and sample alone."""
     return uniforms_at(jax.random.key(0), step, prompt_id, sample)
 
 
 def complete_samples(weight: Float[Array, "B"], truncated: Bool[Array, "B"]) -> Float[Array, "B"]:
-    """Weights that leave out samples which reached the length limit: overlong filtering.
+    """Weights without samples that reached the length limit: overlong filtering.
 
-    Behind the advantages, the rewards of such samples still count in those of the others; in front of them, the samples
-    are as if they had not been drawn.
+    Placed after the advantages, truncated samples still count in the baselines of the others; placed before, they do
+    not.
 
     Args:
       weight: weight of each row; 0 is absent.
@@ -56,23 +56,23 @@ def finished_in_window(
     *,
     window: Positive,
 ) -> Float[Array, "B"]:
-    """Weights that leave out samples which a fixed time of collection would have cancelled.
+    """Weights without samples that would not finish within a fixed time of collection.
 
         w_i <- w_i where sum_{j <= i} D_j <= window, else 0,    D_j = sum_s d_js
 
-    over the samples j of the group of i in their order: each prompt is an actor that draws its samples one after
-    another, and what still runs at the end of the window is lost. In front of the advantages these samples are as if
-    they had not been drawn. Slow samples are lost more often; `duration_weights` undoes that.
+    over the samples j of the group of i in their order: each prompt is an actor that draws its samples in sequence, and
+    an unfinished sample at the end of the window is cancelled. Placed before the advantages, cancelled samples do not
+    count in baselines. Slow samples are cancelled more often; `duration_weights` corrects this bias.
 
     Args:
-      durations: d of each turn, or of each row, in any unit.
+      durations: d, duration of each turn or of each row, in any unit.
       group: id of the group each row belongs to.
       sample: number of each row within its group.
-      weight: weight of each row; 0 is absent and takes no time.
-      window: time of collection, in the same unit.
+      weight: weight of each row; 0 is absent and has duration 0.
+      window: time of collection, in the unit of `durations`.
 
     Returns:
-      The new weight of each row; all are 0 where nothing was finished.
+      The new weight of each row.
 
     Reference: RL for machine-learning engineering agents (2509.01684).
     Certainty: reconstructed
@@ -90,19 +90,20 @@ def finished_in_window(
 def extreme_samples(
     rewards: Float[Array, "B"], group: Int[Array, "B"], weight: Float[Array, "B"], *, rule: RankRule = "best_worst"
 ) -> Float[Array, "B"]:
-    """Weights that keep the samples of a group whose reward is reliable: PF-PPO.
+    """Weights that keep the samples of a group with a reliable reward: PF-PPO.
 
         best_worst    1 for the best and for the worst, 0 for the others
-        best_random   1 for the best, 1 / (G - 1) for each of the others: the mean of drawing one of them
+        best_random   1 for the best, 1 / (G - 1) for each other: the expectation of drawing one of them
         best          1 for the best
 
-    A reward model errs less at the ends of its range. Of equal rewards the first row is the best, the last the worst.
+    A reward model errs less at the extremes of its range. Of equal rewards the first row is the best, the last the
+    worst.
 
     Args:
       rewards: total reward of each row.
       group: id of the group each row belongs to.
       weight: weight of each row; 0 is absent.
-      rule: which samples are kept.
+      rule: as above.
 
     Returns:
       The new weight of each row.
@@ -134,7 +135,7 @@ def best_and_random(
     weight: Float[Array, "B"],
     step: Int[Array, ""],
 ) -> Float[Array, "B"]:
-    """Weights that keep the best sample of a group and one other, drawn at random: PF-PPO as released.
+    """Weights that keep the best sample of a group and one random other sample: PF-PPO as released.
 
     Args:
       rewards: total reward of each row.
@@ -160,20 +161,20 @@ def best_and_random(
 def extreme_rewards(
     rewards: Float[Array, "B"], weight: Float[Array, "B"], *, rule: BatchRule = "max_min", exponent: NonNegative = 2.0
 ) -> Float[Array, "B"]:
-    """Weights by where a reward stands in the whole batch: the filter that verl calls PF-PPO.
+    """Weights by the position of each reward in the range of the batch: the PF-PPO filter of verl.
 
         max_min      1 where the reward equals the largest or the smallest of the batch, else 0
         max_random   0.4 where it equals the largest, else 0.1
         power        |reward| ** exponent
 
-    plus 1e-8. verl then draws a batch with replacement in these proportions (`resampled`); without it the weights stand
-    in every average as they are, which is the mean over such draws.
+    plus 1e-8. verl then resamples the batch with replacement in these proportions (`resampled`); without resampling the
+    weights enter every average directly, which is the expectation over such draws.
 
     Args:
       rewards: total reward of each row.
       weight: weight of each row; 0 is absent.
-      rule: how rewards become weights.
-      exponent: of the rule power.
+      rule: as above.
+      exponent: exponent of the rule `power`.
 
     Returns:
       The new weight of each row.
@@ -202,12 +203,12 @@ def extreme_rewards(
 
 @ranged
 def resampled(weight: Float[Array, "B"], step: Int[Array, ""], *, seed: int = 0) -> Float[Array, "B"]:
-    """How often each row is drawn when as many rows as are present are drawn with replacement, by their weights.
+    """Count of each row in a resample with replacement, in proportion to the weights, of the size of the present batch.
 
     Args:
       weight: weight of each row; 0 is absent.
-      step: updates made so far; every step has its own draw.
-      seed: of the draws.
+      step: updates made so far, part of the random key.
+      seed: seed of the random key.
 
     Returns:
       The new weight of each row, a whole number.
@@ -233,7 +234,7 @@ def one_success_one_failure(
     weight: Float[Array, "B"],
     step: Int[Array, ""],
 ) -> Float[Array, "B"]:
-    """Weights that keep one right and one wrong answer of each group, drawn at random; groups of one kind go.
+    """Weights that keep one right and one wrong answer of each group, drawn at random; other groups get weight 0.
 
     Args:
       correct: 1 for a right answer, 0 for a wrong one.
@@ -266,10 +267,11 @@ def balanced_groups(
     *,
     drop: Side = "negatives",
 ) -> Float[Array, "B"]:
-    """Weights without the surplus of bad answers over good ones in each group, dropped at random.
+    """Weights that drop, at random, the surplus of bad over good answers in each group.
 
-    Good is a reward of at least the group's mean. Groups of one kind stay as they are. Unlike other choices of samples
-    this one comes before the advantages, whose mean is that of the rows kept.
+    An answer is good if its reward is at least the mean of the group. Groups without good or without bad answers are
+    unchanged. Unlike the other functions of this module it is placed before the advantages, whose baseline is the mean
+    of the kept rows.
 
     Args:
       rewards: total reward of each row.
@@ -278,13 +280,13 @@ def balanced_groups(
       sample: number of the sample within its group.
       weight: weight of each row; 0 is absent.
       step: updates made so far.
-      drop: 'negatives' drops a surplus of bad answers, 'both' one of good answers as well.
+      drop: 'negatives' drops a surplus of bad answers; 'both' also drops a surplus of good answers.
 
     Returns:
       The new weight of each row.
 
     Raises:
-      ValueError: for an unknown side.
+      ValueError: for an unknown `drop`.
 
     Reference: Group-relative REINFORCE off-policy (2509.24203).
     Certainty: verified
@@ -305,15 +307,15 @@ def balanced_groups(
 def squared_correlation(
     rewards: Float[Array, "B"], true_rewards: Float[Array, "B"], weight: Float[Array, "B"]
 ) -> Float[Array, ""]:
-    """R^2 between two rewards over the rows kept; PF-PPO takes the rule of `extreme_samples` for which it is largest.
+    """R^2 between two rewards over the kept rows; PF-PPO takes the rule of `extreme_samples` with the largest R^2.
 
     Args:
-      rewards: reward that training sees.
-      true_rewards: score that it stands for.
+      rewards: reward used in training.
+      true_rewards: score that `rewards` approximates.
       weight: weight of each row; 0 is absent.
 
     Returns:
-      A number in [0, 1]; 0 where one of the two is constant.
+      A number in [0, 1]; 0 if one of the two is constant.
 
     Reference: PF-PPO (2409.06957).
     Certainty: verified
@@ -344,7 +346,7 @@ def _worst(rewards: Array, group: Array, weight: Array) -> Bool[Array, "B"]:
 
 
 def _first_of(among: Array, uniforms: Array, group: Array, count: Array | int) -> Bool[Array, "B"]:
-    """The `count` rows of smallest random number among the given rows of each group."""
+    """The `count` rows of the smallest random numbers among the given rows of each group."""
     return among & (group_rank(uniforms, group, among.astype(jnp.float32)) < count)
 
 

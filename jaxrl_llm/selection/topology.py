@@ -1,6 +1,6 @@
-"""Which tasks and trajectories are worth learning from, by the graph that the trajectories of a task make together.
+"""Selection of tasks and trajectories by the graph that the trajectories of a task form.
 
-Turns of one task that have the same key are one node; a trajectory is a path of nodes.
+Turns of one task with equal keys are one node; a trajectory is a path of nodes.
 """
 
 from __future__ import annotations
@@ -23,15 +23,18 @@ from jaxrl_llm.token_codes import turn_codes
 def turn_keys(
     tokens: Int[Array, "B T"], turn: Int[Array, "B T"], length: Int[Array, "B"], *, turns: Count
 ) -> Int[Array, "B S"]:
-    """A key of each turn, made of its tokens in their order, those of the environment included; -1 where there is none.
+    """A hash of the token sequence of each turn, including tokens of the environment; -1 for missing turns.
 
-    Equal turns have equal keys; others differ but for one in 2^31.
+    Equal turns have equal keys; different turns collide with probability 2^-31.
 
     Args:
       tokens: of the completions.
       turn: index of the turn that a token belongs to, from 0.
-      length: completion tokens.
-      turns: S; later turns are left out.
+      length: tokens of each completion.
+      turns: S; later turns are ignored.
+
+    Returns:
+      A key per turn, non-negative for present turns.
 
     Reference: TopoCurate (2603.01714).
     Certainty: reconstructed
@@ -44,16 +47,16 @@ def turn_keys(
 def success_potential(
     paths: Int[Array, "B S"], correct: Float[Array, "B"], group: Int[Array, "B"], weight: Float[Array, "B"]
 ) -> Float[Array, "B S"]:
-    """Phi(v): of the trajectories of the group through the node of each place, the share that succeeds.
+    """Phi(v): share of successes among the trajectories of the group that pass through the node of each turn.
 
     Args:
-      paths: key of each turn's node, the trajectory's nodes in order; -1 behind its end.
-      correct: above 0 where the trajectory succeeds.
+      paths: keys of the nodes of each trajectory in order; -1 after its end.
+      correct: positive where the trajectory succeeds.
       group: id of the task each row belongs to.
       weight: weight of each row; 0 is absent.
 
     Returns:
-      A number in [0, 1] for each place; 0 behind the end and in absent rows.
+      A number in [0, 1] per turn; 0 after the end and in absent rows.
 
     Reference: TopoCurate (2603.01714).
     Certainty: reconstructed
@@ -76,19 +79,19 @@ def topology_value(
     error_branches: NonNegative = 0.5,
     heterogeneity: NonNegative = 0.5,
 ) -> Float[Array, "B"]:
-    """What a task is worth for reinforcement.
+    """Value of a task for reinforcement learning.
 
-        error_branches * (share of the edges out of branching nodes whose target has Phi = 0)
+        error_branches * (share of edges with a target of Phi = 0 among the edges out of branching nodes)
           + heterogeneity * (distinct paths / trajectories)
 
-    Edges are those of the graph, each counted once; 0 of them is a share of 0.
+    Each edge of the graph is counted once; without edges the share is 0.
 
     Args:
       paths, correct, group, weight: as for `success_potential`.
-      error_branches, heterogeneity: factors.
+      error_branches, heterogeneity: factors of the two terms.
 
     Returns:
-      One number per row, the same along a group; 0 in absent rows.
+      One number per row, equal within a group; 0 in absent rows.
 
     Raises:
       ValueError: for a negative factor.
@@ -130,17 +133,17 @@ def path_value(
     efficiency: NonNegative = 1 / 3,
     rarity: NonNegative = 1 / 3,
 ) -> Float[Array, "B"]:
-    """What a successful trajectory is worth as a demonstration, each part scaled to [0, 1] within its task.
+    """Value of a successful trajectory as a demonstration: a weighted sum of three parts, each in [0, 1].
 
-        recovery    sum of max(0, Phi(v_{t+1}) - Phi(v_t)) from the first t on where Phi falls; 0 where it never falls
-        efficiency  shortest successful length / own length, in nodes
+        recovery    sum of max(0, Phi(v_{t+1}) - Phi(v_t)) after the first decrease of Phi; 0 if Phi never decreases
+        efficiency  shortest successful length / length of the trajectory, in nodes
         rarity      mean over its nodes of 1 - (successful trajectories through v) / (successful trajectories)
 
-    A part that is constant in a task is 0.
+    Each part is scaled to [0, 1] within its task; a part that is constant in a task is 0.
 
     Args:
       paths, correct, group, weight: as for `success_potential`.
-      recovery, efficiency, rarity: factors.
+      recovery, efficiency, rarity: factors of the three parts.
 
     Returns:
       One number per row; 0 in rows that fail or are absent.
@@ -173,7 +176,7 @@ def path_value(
 
 
 class Worth(NamedTuple):
-    """What `topology_aware` remembers: the value of each item at its last visit; NaN before."""
+    """State of `topology_aware`: the value of each item at its last visit; NaN before."""
 
     value: Float[Array, "I"]
 
@@ -191,14 +194,14 @@ def topology_aware(
 
         P_i = value_i / sum_j value_j
 
-    Two turns are one node where all tokens of action and observation are equal. Tasks without a value count as the
-    best one; where all values are 0 the draw is even.
+    Two turns are one node if all tokens of action and observation are equal. Tasks without a value count as the best
+    one; if all values are 0, the draw is uniform.
 
     Args:
-      records: of the data, one an item; filled from the run.
-      turns: of a trajectory that are looked at.
-      error_branches, heterogeneity: factors of the value.
-      mixed: tasks whose trajectories all succeed or all fail are worth 0.
+      records: records of the data, one per item; filled from the run.
+      turns: turns of a trajectory to compare; later turns are ignored.
+      error_branches, heterogeneity: as in `topology_value`.
+      mixed: give tasks whose trajectories all succeed or all fail the value 0.
 
     Returns:
       A `Selection`.
@@ -250,7 +253,7 @@ def topology_aware(
 
 
 def _places(paths: Array, group: Array, weight: Array) -> tuple[Array, Array, Array]:
-    """(node, row, 1 if there is one) of each place of the paths, flat; nodes are numbered across groups."""
+    """(node, row, 1 if present) of each turn, flattened; nodes of different groups have different numbers."""
     chex.assert_rank([paths, group, weight], [2, 1, 1])
     rows, width = paths.shape
     there = ((paths >= 0) & (weight > 0)[:, None]).ravel().astype(jnp.float32)
@@ -259,5 +262,5 @@ def _places(paths: Array, group: Array, weight: Array) -> tuple[Array, Array, Ar
 
 
 def _first_of_row(node: Array, row: Array, there: Array) -> Float[Array, "N"]:
-    """1 at the first place of each row that is at a node."""
+    """1 at the first turn of each row at each node."""
     return group_leader(subgroup_ids(node, row), there) * there

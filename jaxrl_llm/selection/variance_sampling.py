@@ -1,4 +1,4 @@
-"""Prompts by the variance of their rewards and the diversity of their samples."""
+"""Selection of prompts by the variance of their rewards and the diversity of their samples."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from jaxrl_llm.statistics import subgroup_ids
 def distinct_pairs(
     tokens: Int[Array, "B T"], mask: Float[Array, "B T"], group: Int[Array, "B"], weight: Float[Array, "B"]
 ) -> Float[Array, "B"]:
-    """Share of the pairs of neighbouring tokens in a group that are different from one another: distinct-2.
+    """Distinct-2: distinct pairs of neighbouring tokens divided by all pairs, over the samples of a group.
 
     Args:
       tokens: of the completions.
@@ -28,7 +28,7 @@ def distinct_pairs(
       weight: weight of each row; 0 is absent.
 
     Returns:
-      One number per row, the same along a group; 0 where there are no pairs.
+      One number per row, equal within a group; 0 in groups without pairs.
 
     Reference: VAS, MMR1 (2509.21268).
     Certainty: verified
@@ -47,8 +47,14 @@ def distinct_pairs(
 
 
 class Values(NamedTuple):
-    """What `variance_aware` remembers: the value of each item by its last visits (NaN for none), the values that
-    prompts are drawn by, visits, and the steps made."""
+    """State of `variance_aware`.
+
+    Attributes:
+      latest: value of each item at its last visits; NaN if unknown.
+      used: values that prompts are drawn by.
+      visits: steps in which each item was trained on.
+      steps: steps trained on.
+    """
 
     latest: Float[Array, "I"]
     used: Float[Array, "I"]
@@ -66,27 +72,27 @@ def variance_aware(
     refresh_every_steps: Count = 28,
     momentum: ShareBelowOne = 0.0,
 ) -> Selection:
-    """Half of the prompts by the variance of their rewards and the diversity of their samples, half by turns: VAS.
+    """Half of the prompts by reward variance and sample diversity, half in rotation: VAS.
 
         value_i = variance p_i (1 - p_i) + diversity distinct_pairs_i,    P_i = value_i / sum_j value_j
 
-    floor(weighted_share N) prompts of a step are drawn with replacement by P; the others come by turns. Both kinds
-    alternate. The paper samples every prompt again at each refresh; here a value is that of the prompt's last visit,
-    and prompts without one count as the mean of the others. Where all values are 0 the draw is even.
+    floor(weighted_share N) prompts of a step are drawn with replacement by P; the others are taken in rotation. The two
+    are interleaved. The paper samples every prompt again at each refresh; here the value is that of the last visit, and
+    prompts without a value count as the mean of the others. If all values are 0, the draw is uniform.
 
     Args:
-      records: of the data, one an item; filled from the run.
-      variance: factor of p (1 - p), p the share of right samples.
+      records: records of the data, one per item; filled from the run.
+      variance: factor of p (1 - p), with p the share of right samples.
       diversity: factor of the share of distinct token pairs.
-      weighted_share: of the prompts that are drawn by value.
-      refresh_every_steps: steps between two changes of P.
-      momentum: how much of the old value stays at a visit.
+      weighted_share: share of the prompts drawn by value.
+      refresh_every_steps: steps between two updates of P.
+      momentum: weight of the old value at a visit.
 
     Returns:
       A `Selection`.
 
     Raises:
-      ValueError: for numbers out of range.
+      ValueError: for a number out of range.
 
     Reference: VAS, MMR1 (2509.21268).
     Certainty: verified

@@ -111,7 +111,7 @@ BOTH_LOOPS = pytest.mark.parametrize("layer_loop", ["unrolled", pytest.param("sc
 
 
 @BOTH_LOOPS
-@pytest.mark.parametrize("prefixed", [False, True])
+@pytest.mark.parametrize("prefixed", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_slots_and_prefixes_change_nothing(layer_loop, prefixed):
     expected, options = whole(layer_loop), {}
     if prefixed:

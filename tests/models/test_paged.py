@@ -95,7 +95,8 @@ def test_the_kernel_computes_what_gathering_does(window, cap, monkeypatch):
     np.testing.assert_allclose(ours, plain, rtol=2e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("layer_loop", [pytest.param("unrolled", marks=pytest.mark.slow), "scanned"])
+@pytest.mark.slow
+@pytest.mark.parametrize("layer_loop", ["unrolled", "scanned"])
 def test_a_model_says_the_same_from_pages(layer_loop):
     sizes = {"width": 16, "layers": 2, "heads": 2, "kv_heads": 1, "layer_loop": layer_loop}
     prompts = Prompts(

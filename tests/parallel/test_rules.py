@@ -65,10 +65,10 @@ def test_a_rule_can_be_changed_and_a_typing_error_is_named():
     rules = changed_rules({"mlp": ["tensor", "fsdp"], "embed": []})
     assert partition_spec(("embed", "mlp"), (32, 64), mesh_of(fsdp=2, tensor=2), rules) == P(None, ("tensor", "fsdp"))
     assert RULES["mlp"] == ("tensor",)
-    with pytest.raises(ValueError, match=r"mesh.rules names 'mpl', which is no axis of an array; did you mean mlp"):
+    with pytest.raises(ValueError, match=r"mesh.rules names 'mpl', which is not an axis of an array; did you mean mlp"):
         changed_rules({"mpl": ["tensor"]})
     with pytest.raises(
-        ValueError, match=r"mesh.rules.mlp names 'tensors', which is no axis of the mesh; did you mean t"
+        ValueError, match=r"mesh.rules.mlp names 'tensors', which is not an axis of the mesh; did you mean t"
     ):
         changed_rules({"mlp": ["tensors"]})
 

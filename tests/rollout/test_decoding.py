@@ -83,6 +83,7 @@ def test_slots_change_nothing(slots, layer_loop):
     assert_same(sampled(slots=slots, model=model_of(layer_loop)), whole(layer_loop))
 
 
+@pytest.mark.slow
 def test_slots_with_a_window_and_controls_change_nothing():
     controls = Controls(repetition_penalty=1.5, top_p=0.9, min_completion_tokens=3)
     options = {"model": model_of(window=3), "controls": controls}
@@ -121,7 +122,7 @@ def begun(slots=STEPS, samples=SAMPLES):
     return drawing, per_row, state
 
 
-@pytest.mark.parametrize("slots", [None, 4])
+@pytest.mark.parametrize("slots", [pytest.param(None, marks=pytest.mark.slow), 4])
 def test_going_on_from_any_prefix_of_itself_gives_the_same_completion(slots):
     rows = whole().tokens.shape[0]
     # Nothing, one token, some, all but one, and all of a completion.
@@ -133,6 +134,7 @@ def test_going_on_from_any_prefix_of_itself_gives_the_same_completion(slots):
     assert_same(again, whole())
 
 
+@pytest.mark.slow
 def test_a_prefix_keeps_its_source_and_is_trained_on_only_where_it_was_sampled():
     rows, width = 12, 3
     tokens = np.full((rows, width), 4)
@@ -156,7 +158,7 @@ def test_a_prefix_keeps_its_source_and_is_trained_on_only_where_it_was_sampled()
     np.testing.assert_allclose(ours.behaviour_logprobs[inside], expected[inside], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("width", [0, 1])
+@pytest.mark.parametrize("width", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_decoding_in_pieces_is_one_rollout(width):
     drawing, per_row, state = begun(slots=STEPS + 12)
 
@@ -174,7 +176,8 @@ def test_decoding_in_pieces_is_one_rollout(width):
     assert_same(jax.device_get(ours), whole())
 
 
-@pytest.mark.parametrize("layer_loop", [pytest.param("unrolled", marks=pytest.mark.slow), "scanned"])
+@pytest.mark.slow
+@pytest.mark.parametrize("layer_loop", ["unrolled", "scanned"])
 def test_prompts_of_a_bucket_are_those_of_their_exact_width(layer_loop):
     padded = replace(PROMPTS, tokens=jnp.pad(PROMPTS.tokens, ((0, 0), (59, 0)), constant_values=3))
     assert padded.tokens.shape[1] == buckets(100)[0]
@@ -217,7 +220,8 @@ def test_a_prompt_is_prefilled_once_and_its_cache_is_not_copied():
     assert flops(16) < 1.6 * once, "prefill is most of the work, and must not be done again for each sample"
 
 
-@pytest.mark.parametrize("layer_loop", [pytest.param("unrolled", marks=pytest.mark.slow), "scanned"])
+@pytest.mark.slow
+@pytest.mark.parametrize("layer_loop", ["unrolled", "scanned"])
 def test_keys_and_values_in_int8_are_close(layer_loop):
     exact = sampled(temperature=0.0, steps=4, model=model_of(layer_loop))
     close = sampled(temperature=0.0, steps=4, model=model_of(layer_loop, "int8"))

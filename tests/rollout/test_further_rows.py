@@ -280,6 +280,7 @@ def test_a_look_at_rows_changes_no_bit_and_computes_nothing_again(attending):
     np.testing.assert_array_equal(some.tokens[3:, :3], whole.tokens[3:, :3])
 
 
+@pytest.mark.slow
 def test_a_prefix_is_read_in_one_pass_and_goes_on_to_the_same_row(attending):
     params = attending.init(jax.random.key(1))
     counted, calls = calls_counted(attending)
@@ -448,6 +449,7 @@ def test_the_search_goes_down_and_back():
 CODES = {"~": 3, "'": 4, ":": 5, "#": 6, "_": 7, "&": 8, "1": 9, "2": 10}
 
 
+@pytest.mark.slow
 def test_threads_stand_behind_the_text_before_them_and_are_learned_once(model):
     wide, encode = 24, lambda text: [CODES[text]]
     plan = plans.parallel_threads(

@@ -169,7 +169,7 @@ def test_processes_that_hang_or_die_are_replaced(processes):
     assert "not returned after 1 s" in made[0].failure
     assert "ended its process, which ended with status 3" in made[2].failure
     assert "no such file" in made[3].failure
-    assert "returned what does not pickle" in made[4].failure
+    assert "returned a value that cannot be pickled" in made[4].failure
     assert [step.state["turns"] for step in made] == [0, 2, 2, 3, 4, 6]
     # All workers are there again.
     assert [step.failure for step in host_step(environment, [{"turns": 0}] * 3, ["a"] * 3, call)] == [""] * 3

@@ -116,7 +116,7 @@ def in_rounds(samples=2, **options):
 # ---- refill ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("on_host", [False, True])
+@pytest.mark.parametrize("on_host", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_groups_that_are_alike_are_replaced_by_those_of_new_prompts(model, params, on_host):
     prompts = make_prompts(8)
     step = composed(model, refilled(max_rounds=4), rewards=[even_on_the_host if on_host else even])
@@ -327,7 +327,7 @@ def resumed(choose, inner=None, samples=4, branches=2, **options):
 
 
 @pytest.mark.parametrize("trained", [False, True])
-@pytest.mark.parametrize("hint", ["", "b"])
+@pytest.mark.parametrize("hint", [pytest.param("", marks=pytest.mark.slow), "b"])
 def test_a_branch_is_the_completion_that_goes_on_from_what_is_kept(model, params, trained, hint):
     prompts = make_prompts(4)
     plan = resumed(partial(last_share, kept=0.5), trained_prefix=trained, hint=hint, encode=encode)

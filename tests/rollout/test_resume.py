@@ -69,7 +69,9 @@ def test_without_candidates_a_branch_starts_afresh():
         highest_entropy(ENTROPY, nothing, nothing, jnp.zeros(1), jnp.zeros(1), jax.random.key(0), candidates=0)
 
 
-@pytest.mark.parametrize("branches", [2, 6, 7])
+@pytest.mark.parametrize(
+    "branches", [pytest.param(2, marks=pytest.mark.slow), pytest.param(6, marks=pytest.mark.slow), 7]
+)
 def test_branches_share_the_tokens_before_their_position(branches, model):
     choose = partial(highest_entropy, candidates=3)
     _, metrics, rows = drawn(model, plan(branches, choose))

@@ -125,7 +125,10 @@ def random_grid_turn(rng):
     return "".join(rng.choice(pieces) for _ in range(rng.randint(1, 8)))
 
 
-@pytest.mark.parametrize(("size", "view"), [(3, "blind"), (5, "full"), (7, "blind")])
+@pytest.mark.parametrize(
+    ("size", "view"),
+    [(3, "blind"), pytest.param(5, "full", marks=pytest.mark.slow), pytest.param(7, "blind", marks=pytest.mark.slow)],
+)
 def test_the_grid_in_the_program_is_the_grid_in_python(size, view):
     task = tasks.task("grid", size=size, view=view, wall_probability=0.3)
     items = [item for level in (1, 3) for item in task.generate(level=level, count=12)]
@@ -241,7 +244,9 @@ def random_tool_turn(rng):
     return one_call(number() + rng.choice("+-*/") + number())
 
 
-@pytest.mark.parametrize("probability", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize(
+    "probability", [pytest.param(0.0, marks=pytest.mark.slow), 0.5, pytest.param(1.0, marks=pytest.mark.slow)]
+)
 def test_the_calculator_in_the_program_is_the_calculator_in_python(probability):
     task = tasks.task("calculator", fault_probability=probability)
     items = [item for level in (1, 2, 3) for item in task.generate(level=level, count=10)]
@@ -332,7 +337,7 @@ def random_bargaining_turn(rng):
     return "".join(rng.choice(pieces) for _ in range(rng.randint(1, 8)))
 
 
-@pytest.mark.parametrize("progress", [False, True])
+@pytest.mark.parametrize("progress", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_bargaining_in_the_program_is_bargaining_in_python(progress):
     task = tasks.task("bargaining")
     items = [item for level in (2, 3) for item in task.generate(level=level, count=14)]
@@ -386,7 +391,10 @@ def test_reference_conversations_are_what_the_environment_says_and_earn_everythi
     assert set(episodes.stop.tolist()) <= {StopReason.ANSWER, StopReason.ENVIRONMENT}
 
 
-@pytest.mark.parametrize(("name", "options", "level"), [TASKS[0], TASKS[3], TASKS[5], ("bargaining", {}, 2)])
+@pytest.mark.parametrize(
+    ("name", "options", "level"),
+    [TASKS[0], *(pytest.param(*task, marks=pytest.mark.slow) for task in (TASKS[3], TASKS[5], ("bargaining", {}, 2)))],
+)
 def test_replay_to_a_turn_is_exact(name, options, level):
     task = tasks.task(name, **options)
     items = task.generate(level=level, count=6)

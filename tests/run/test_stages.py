@@ -250,6 +250,7 @@ def without_problems(tmp_path, my_methods):
     return write
 
 
+@pytest.mark.slow
 def test_a_file_of_pairs_is_enough(without_problems, tmp_path):
     done = train(without_problems())
     assert done.status == 0, done.err

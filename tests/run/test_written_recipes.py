@@ -115,6 +115,7 @@ def test_dpo_learns_from_a_file_of_pairs(micro):
     assert seen[-1]["preferred_share/dpo"] > 0.6
 
 
+@pytest.mark.slow
 def test_dpo_in_microbatches_of_whole_pairs_is_dpo(micro):
     whole, cut = (
         learned(micro("dpo", "pairs", *given), 2)[1] for given in ((), ("training.sequences_per_microbatch=4",))

@@ -112,8 +112,10 @@ def test_what_becomes_of_calls_that_fail(workers):
     assert (dead.error, dead.crashed) == ("ended its process, which ended with status 3", True)
     assert workers("closes", [(1,)], 20.0)[0].error == "ended its process, which had closed its connection"
     assert workers("raises", [(3,)], 5.0)[0].error == "raised SystemExit: 3"
-    assert workers("odd", [(0,)], 5.0)[0].error.startswith("returned what does not pickle")
-    assert workers("plus", [(lambda: 0,)], 5.0)[0].error.startswith("was not called, as its arguments do not pickle")
+    assert workers("odd", [(0,)], 5.0)[0].error.startswith("returned a value that cannot be pickled")
+    assert workers("plus", [(lambda: 0,)], 5.0)[0].error.startswith(
+        "was not called, as its arguments cannot be pickled"
+    )
     assert "GiB of memory, of which it may have 0.2" in workers("hoards", [(300 << 20,)], 20.0)[0].error
     assert workers("plus", [(1, 1)] * 3, 5.0)[2].value == 2
 
@@ -143,7 +145,7 @@ def test_an_isolated_process_has_nothing_and_cannot_harm_by_its_answer(isolated,
         assert (found.error is None) == (error is None), text
         assert error is None or error in found.error, found
     (evil,) = isolated("odd", [(1,)], 5.0)
-    assert "posix.system is no plain data" in evil.error
+    assert "posix.system is not plain data" in evil.error
     (lie,) = isolated("lies", [(1,)], 5.0)
     assert lie.ended
     assert lie.error.startswith("returned what cannot be read")

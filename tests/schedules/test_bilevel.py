@@ -57,8 +57,8 @@ def test_rows_that_are_absent_scales_and_several_prompts_change_nothing():
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"primary": "c"}, "primary is 'c', which is none of the rewards a, b"),
-        ({"initial": (1.0,)}, "initial has 1 weights; there are 2 rewards"),
+        ({"primary": "c"}, "primary is 'c'; it must be one of the rewards a, b"),
+        ({"initial": (1.0,)}, "initial has 1 weights; give one for each of the 2 rewards"),
         ({"form": "regret"}, "form is 'regret'; it must be one of return, preferences"),
         ({"pull": 0.0}, "pull is 0.0"),
     ],

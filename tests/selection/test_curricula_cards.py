@@ -230,12 +230,12 @@ def test_draws_by_weight_are_in_proportion_and_even_without_weights():
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: selection.by_pass_rate(records=RECORDS, rate=0.0), "rate is 0, so rates never change"),
+        (lambda: selection.by_pass_rate(records=RECORDS, rate=0.0), "rate is 0 and pass_rate is missing"),
         (lambda: selection.by_pass_rate(records=RECORDS, pass_rate="level"), r"level of record 1 is 2; it must lie in"),
         (lambda: selection.by_pass_rate(records=RECORDS, rule="band", low=0.5, high=0.5), "low must be below high"),
         (
             lambda: selection.most_variable(records=RECORDS, explore_steps=1, prompts=13),
-            "prompts is 13 .* there are 12",
+            "prompts is 13, but the data has 12 prompts",
         ),
         (lambda: selection.easy_to_hard(records=RECORDS, level="steps"), "a record has no 'steps'"),
         (lambda: selection.domain_aware(records=RECORDS[:1]), "domains is domain, but all 1 records are of one kind"),
@@ -258,7 +258,7 @@ def test_places_of_low_entropy_come_first_and_of_high_entropy_later():
         chosen = made.choose(again._replace(steps=jnp.int32(steps)), jax.random.key(1), 12)
         assert set(chosen.tolist()) == expected
     np.testing.assert_allclose(made.report(again._replace(steps=jnp.int32(5)))["hardest_tier"], 0.5)
-    with pytest.raises(ValueError, match="first has 3 chances, last 2"):
+    with pytest.raises(ValueError, match="first has 3 probabilities and last 2"):
         selection.by_entropy(records=records, total_steps=10, last=(0.5, 0.5))
-    with pytest.raises(ValueError, match=r"until is 0\.2, but hold 0\.3"):
+    with pytest.raises(ValueError, match=r"until is 0\.2 and hold is 0\.3"):
         selection.by_entropy(records=records, total_steps=10, until=0.2)

@@ -155,6 +155,7 @@ def test_demonstrations_of_unsolved_prompts_wait_until_there_are_enough():
     assert len(held(store)) <= 6
 
 
+@pytest.mark.slow
 def test_a_network_in_int8_says_nearly_the_same():
     model = transformer(TransformerConfig(vocabulary_size=11, width=32, layers=1, heads=2, kv_heads=1))
     params, ids = model.init(jax.random.key(0)), jnp.arange(8)[None]
@@ -203,7 +204,7 @@ def test_rewards_that_say_little_and_one_side_of_a_group():
 
 def test_a_table_of_its_own_names_axes_that_there_are():
     model = transformer(TransformerConfig(vocabulary_size=11, width=8, layers=1, heads=2, kv_heads=1))
-    with pytest.raises(ValueError, match=r"names 'mlpp', which is no axis of an array; did you mean mlp"):
+    with pytest.raises(ValueError, match=r"names 'mlpp', which is not an axis of an array; did you mean mlp"):
         in_own_layout(model, {"mlpp": ["fsdp"]})
     with pytest.raises(ValueError, match=r"networks.*rules is set, but a network made from another"):
         NetworkConfig(rules={"mlp": ("fsdp",)})

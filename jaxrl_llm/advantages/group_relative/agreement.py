@@ -36,7 +36,7 @@ def answer_entropy(answer_id: Int[Array, "B"], group: Int[Array, "B"], weight: F
       weight: weight of each row; 0 is absent.
 
     Returns:
-      One number per row, the same along a group; 0 in absent rows.
+      One number per row, equal within a group; 0 in absent rows.
 
     Reference: COPO, consistency-aware policy optimisation (2508.04138).
     Certainty: verified

@@ -27,7 +27,7 @@ def win_rate(
       weight: weight of each row; 0 is absent.
 
     Returns:
-      One reward per row in [0, 1]; 1/2 where there is nobody to beat, 0 in absent rows.
+      One reward per row in [0, 1]; 1/2 without an opponent, 0 in absent rows.
 
     Reference: SPO, a minimaximalist approach (2401.04056).
     Certainty: recalled
@@ -52,7 +52,7 @@ def score_win_rate(
       temperature: in units of score; 0 compares by order.
 
     Returns:
-      One reward per row in [0, 1]; 1/2 where there is nobody to beat, 0 in absent rows.
+      One reward per row in [0, 1]; 1/2 without an opponent, 0 in absent rows.
 
     Raises:
       ValueError: for a negative temperature.

@@ -38,7 +38,7 @@ def step_value_gains(
       turn_labels: v of each step (`continuation_labels`); NaN where no continuation was sampled.
       correct: verdict on each row.
       turn: index of the step that each token belongs to.
-      mask: non-zero on tokens that count; a step without any was not taken.
+      mask: non-zero on tokens that count; a step without such tokens is absent.
       group: id of the group each row belongs to.
       weight: weight of each row; 0 is absent.
       least: the smallest |A_s| that is kept, in [0, 1].

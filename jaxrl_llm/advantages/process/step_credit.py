@@ -32,7 +32,7 @@ def min_form_returns(
     Args:
       turn_rewards: reward of each step.
       turn: number of the step of each token.
-      mask: non-zero on tokens that count; a step without any was not taken.
+      mask: non-zero on tokens that count; a step without such tokens is absent.
       weight: weight of each row; 0 is absent.
 
     Returns:
@@ -157,7 +157,7 @@ def merged_transitions(
       state_id: number of the state at the start of each turn: equal where states are equal.
       action_id: number of the action of each turn.
       turn: number of the turn of each token.
-      mask: non-zero on tokens that count; a turn without any was not taken.
+      mask: non-zero on tokens that count; a turn without such tokens is absent.
       group: id of the group each row belongs to.
       weight: weight of each row; 0 is absent.
 
@@ -254,7 +254,7 @@ def information_gain(
       turn_answer_logprobs: L, mean log-probability of the reference answer after 0 to S turns.
       rewards: outcome of each row.
       turn: number of the turn of each token.
-      mask: non-zero on tokens that count; a turn without any was not taken.
+      mask: non-zero on tokens that count; a turn without such tokens is absent.
       group: id of the group each row belongs to.
       weight: weight of each row; 0 is absent.
       gain: in probabilities, or in log-probabilities.

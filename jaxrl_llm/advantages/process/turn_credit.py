@@ -39,7 +39,7 @@ def turn_leave_one_out(
     Args:
       turn_rewards: reward of each turn.
       turn: index of the turn that each token belongs to.
-      mask: non-zero on tokens that count; a turn without any was not taken.
+      mask: non-zero on tokens that count; a turn without such tokens is absent.
       group: id of the group each row belongs to.
       weight: weight of each row; 0 is absent.
 
@@ -85,7 +85,7 @@ def turn_mixed_normalized(
     Args:
       turn_rewards: r, the reward of each turn, such as the drop of a judged distance to the goal.
       turn: index of the turn that each token belongs to.
-      mask: non-zero on tokens that count; a turn without any was not taken.
+      mask: non-zero on tokens that count; a turn without such tokens is absent.
       group: id of the group each row belongs to.
       weight: weight of each row; 0 is absent.
       alpha: share of the comparison of returns, in [0, 1].
@@ -145,7 +145,7 @@ def outcome_and_turn_centred(
       turn_rewards: r of each turn, as of `weighted_tests`.
       correct: o, 1 for a won episode.
       turn: index of the turn that each token belongs to.
-      mask: non-zero on tokens that count; a turn without any was not taken.
+      mask: non-zero on tokens that count; a turn without such tokens is absent.
       group: id of the group each row belongs to.
       weight: weight of each row; 0 is absent.
       gamma: discount of the outcome per turn; our choice.

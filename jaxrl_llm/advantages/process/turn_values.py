@@ -35,7 +35,7 @@ def turn_advantages(
       turn_rewards: reward of each turn.
       old_values: value model at each token, before the update.
       turn: index of the turn that each token belongs to.
-      mask: non-zero on tokens that count; a turn without any was not taken.
+      mask: non-zero on tokens that count; a turn without such tokens is absent.
       weight: weight of each row; 0 is absent.
       gamma: discount per turn.
       lam: weight of longer returns.

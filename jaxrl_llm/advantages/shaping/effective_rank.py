@@ -53,7 +53,7 @@ def rank_dynamics(
         velocity       mean over j of v_j,   v_j = m_j - mean_{i < j} m_i
         acceleration   mean over j of v_{j+1} - v_j
 
-    and 0 where there are not enough of them. Costs T / stride singular value decompositions a row.
+    and 0 where there are not enough of them. Costs T / stride singular value decompositions per row.
 
     Args:
       hidden: hidden state at each token, of the last layer of the policy that the update starts from.

@@ -18,16 +18,16 @@ def novelty_sharpened(
     mask: Float[Array, "B T"],
     weight: Float[Array, "B"],
     *,
-    strength: NonNegative = 1.0,
-    cap: NonNegative = 1.0,
+    strength: NonNegative = 2.5,
+    cap: NonNegative = 0.5,
 ) -> Float[Array, "B T"]:
-    """Positive advantages with a bonus for answers less likely than the group's average: XRPO.
+    """Positive advantages with a bonus for answers less probable than the group's mean: XRPO.
 
         s_i = mean_t log pi of answer i,   eta_i = exp(s_i - mean of s over the group)
         where A > 0:  A <- A + min(max(strength * (1 - eta_i), 0), cap * A)
 
-    Likely answers, wrong answers and groups of equal rewards stay as they are. The values of strength and cap, and that
-    the bonus is left out where A <= 0, are our reading.
+    Probable answers, wrong answers and groups of equal rewards are unchanged. The defaults are the published values;
+    the condition A > 0 is our reading.
 
     Args:
       advantages: advantage of each token.
@@ -35,8 +35,8 @@ def novelty_sharpened(
       group: id of the group each row belongs to.
       mask: non-zero on tokens that count.
       weight: weight of each row; 0 is absent.
-      strength: bonus of an answer of vanishing likelihood, in units of advantage.
-      cap: largest bonus in units of the advantage itself.
+      strength: bonus of an answer of probability 0, in units of advantage.
+      cap: largest bonus as a multiple of the advantage.
 
     Returns:
       One advantage per token, 0 outside the mask and in absent rows.

@@ -48,7 +48,7 @@ def kl_penalized_rewards(
       reference_logprobs: under the reference policy.
       mask: non-zero on tokens that count.
       token_rewards: reward of each token; they take the place of `rewards`.
-      kl_coefficients: of each row, instead of `kl_coefficient` (`adaptive_kl_of_rows` fills them).
+      kl_coefficients: coefficient of each row, in place of `kl_coefficient` (filled by `adaptive_kl_of_rows`).
       kl_coefficient: units of reward per nat.
 
     Returns:

@@ -10,12 +10,9 @@ from jaxtyping import Array, Float, Int
 
 from jaxrl_llm.experience import Loss
 from jaxrl_llm.losses.aggregation import Aggregation, aggregate
+from jaxrl_llm.losses.divergences.divergence import LEAST_LOGPROB
 from jaxrl_llm.losses.ratio import constant_factor, log_ratio, on_mask, pessimistic_surrogate, token_share
 from jaxrl_llm.ranges import Count, NonNegative, Positive, PositiveShare, Share, ranged
-
-IMPOSSIBLE = (
-    -1e4
-)  # log-probability under the proxy of a symbol that it leaves out: exp gives 0, differences stay finite
 
 
 @ranged
@@ -39,7 +36,7 @@ def min_p_logprobs(
     kept = log_p >= threshold[..., None]
     total = jax.nn.logsumexp(jnp.where(kept, log_p, -jnp.inf), axis=-1)
     token = jnp.take_along_axis(log_p, tokens[..., None], axis=-1)[..., 0]
-    return jnp.where(token >= threshold, token - total, IMPOSSIBLE)
+    return jnp.where(token >= threshold, token - total, LEAST_LOGPROB)
 
 
 @ranged
@@ -84,7 +81,7 @@ def lowest_token_proxy(
     candidates = jnp.where(bad, old_logprobs.astype(jnp.float32), jnp.inf)
     threshold = jnp.sort(candidates.ravel())[k - 1]
     chosen = bad & (candidates <= threshold) & (k > 1)
-    return stop_gradient(jnp.where(chosen, proxy_logprobs.astype(jnp.float32), IMPOSSIBLE))
+    return stop_gradient(jnp.where(chosen, proxy_logprobs.astype(jnp.float32), LEAST_LOGPROB))
 
 
 @ranged

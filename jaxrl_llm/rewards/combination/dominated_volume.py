@@ -63,7 +63,8 @@ def hypervolume_guided(
       A method: (rewards, reward_components, weight, step) -> rewards.
 
     Raises:
-      ValueError: for another number of coordinates than of objectives, more than three, or a name that no column has.
+      ValueError: for a `reference` of another length than `objectives`, more than three objectives, or an unknown
+      reward.
 
     Reference: Dynamic reward weighting (2509.11452); there the points come from a validation set, here from the step's
     rows.

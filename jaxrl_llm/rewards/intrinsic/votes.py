@@ -208,7 +208,7 @@ def semantic_entropy(
       weight: weight of each row; 0 is absent.
 
     Returns:
-      One number per row, the same along a group; 0 in absent rows and in groups without an answer.
+      One number per row, equal within a group; 0 in absent rows and in groups without an answer.
 
     Reference: EMPO (2504.05812).
     Certainty: recalled

@@ -42,7 +42,7 @@ def closer_than_opponent(
       least_gap: largest difference that counts as a tie.
 
     Returns:
-      One share of wins a row, for the field `win_share`; None without an opponent or a reference.
+      One share of wins per row, for the field `win_share`; None without an opponent or a reference.
 
     Raises:
       ValueError: as for `text_similarity`.

@@ -90,7 +90,7 @@ def aggregated_steps(
     Args:
       turn_rewards: score of each step.
       turn: index of the step that each token belongs to.
-      mask: non-zero on tokens that count; a step without any was not taken.
+      mask: non-zero on tokens that count; a step without such tokens is absent.
       form: as above.
       without_steps: score of rows without a step.
 
@@ -162,7 +162,7 @@ def labels_at_ends(
     Args:
       turn_labels: label of each step, NaN for none (`continuation_labels`, `judge_turns`).
       turn: index of the step that each token belongs to.
-      mask: non-zero on tokens that count; a step without any was not taken.
+      mask: non-zero on tokens that count; a step without such tokens is absent.
 
     Returns:
       One label per token, float32.
@@ -272,12 +272,11 @@ def duration_weights(
     `finished_in_window` if that time is simulated.
 
     Args:
-      durations: d of each action, in any unit, as an environment or a reading says; [B] where a row is one action.
+      durations: d of each action, in any unit, from an environment or a reading; [B] if a row is one action.
       mask: non-zero on tokens that count.
       weight: weight of each row; 0 is absent.
-      turn: index of the action that each token belongs to; not read where a row is one action.
-      whole_rows: what is cancelled is a row and not an action of it, so that d is the sum over a row's actions, and the
-        mean is over rows.
+      turn: index of the action that each token belongs to; not needed if a row is one action.
+      whole_rows: cancellation affects whole rows, so d is the sum over a row's actions, and the mean is over rows.
 
     Returns:
       One weight per token, 0 outside the mask and in absent rows; 1 everywhere where all durations are 0.
@@ -289,7 +288,7 @@ def duration_weights(
     if durations.ndim == 1:
         durations, turn = durations[:, None], jnp.zeros(mask.shape, jnp.int32)
     if turn is None:
-        raise ValueError(f"durations are of {durations.shape[1]} turns a row, so turn is needed; fill it in credit")
+        raise ValueError(f"durations has {durations.shape[1]} turns per row, which needs turn; fill it in credit")
     turns = durations.shape[1]
     counted = (mask > 0) & (weight > 0)[:, None] & (turn >= 0) & (turn < turns)
     taken = at_turns(mask, turn, counted.astype(jnp.float32), turns)[1]

@@ -54,7 +54,7 @@ def transition_ids(
 
 
 def _mixed(a: Array, b: Array) -> Array:
-    """A hash of two, which differs from that of the two in the other order."""
+    """A hash of an ordered pair."""
     return mixed_bits(mixed_bits(a + jnp.uint32(SEEDS[0])) ^ b)
 
 

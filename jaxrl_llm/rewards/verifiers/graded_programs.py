@@ -1,4 +1,4 @@
-"""What the tests of a program say, how long they took, and how far its output shows that it came."""
+"""Grades of programs: the share of passed tests, their duration, and milestones found in the output."""
 
 from __future__ import annotations
 
@@ -24,30 +24,29 @@ def graded_programs(
     memory_gib: Positive = 1.0,
     allow_unisolated: bool = False,
 ) -> dict[str, list[float]]:
-    """The score of a program, its partial credit and its seconds, for `milestone_reward` and `duration_weights`.
+    """Passed share, partial credit and duration of each program, for `milestone_reward` and `duration_weights`.
 
-    An entry of credit fills all four names at once: `"[quality, milestones, trained, durations]": graded_programs`.
-    The patterns are looked for in what all tests of a program wrote. Messages that the policy can print itself are no
-    evidence; tests that print them, or a model that does not learn and writes them into the program, are.
+    An entry of credit fills all four names: `"[quality, milestones, trained, durations]": graded_programs`. Patterns
+    are searched in the output of all tests of a program. Messages that the policy can print itself are no evidence; let
+    the tests print them, or a frozen model that inserts them into the program.
 
     Args:
       completions: decoded completions; the program is the last fenced block.
       items: records with tests, in a form of `unit_tests`.
-      milestones: regular expressions; each counts once.
-      trained: regular expression of what shows that a program did its work; None asks that one of its tests ended.
-      most_tests: the first so many are run; None runs all.
-      seconds, memory_gib: that a test may take.
-      allow_unisolated: run them where the system cannot isolate them.
+      milestones: regular expressions; each is counted once.
+      trained: regular expression that indicates a completed program; None requires that one of its tests ended by
+        itself.
+      most_tests: number of tests to run, from the first; None runs all.
+      seconds, memory_gib: limits of each test.
+      allow_unisolated: run tests even if the system cannot isolate them.
 
     Returns:
-      quality: share of the tests that are passed; NaN where no test ended by itself, or the sandbox itself has failed.
-      milestones: patterns that were found.
-      trained: 1 or 0.
-      durations: seconds of all tests of a row.
+      quality: share of passed tests; NaN if no test ended by itself, or the sandbox failed. milestones: number of
+      patterns found. trained: 1 if the program completed, else 0. durations: sum of seconds over the tests of a row.
 
     Raises:
-      SandboxError: where the system cannot isolate code, unless that is allowed.
-      ValueError: for a record without tests, tests in another form, or a pattern that is none.
+      SandboxError: if the system cannot isolate code, unless that is allowed. ValueError: for a record without tests,
+      tests in another form, or an invalid regular expression.
 
     Reference: RL for machine-learning engineering agents (2509.01684).
     Certainty: reconstructed
@@ -84,4 +83,4 @@ def _pattern(text: str) -> re.Pattern[str]:
     try:
         return re.compile(text)
     except re.error as error:
-        raise ValueError(f"{text!r} is no regular expression ({error}); escape what is meant as it is") from None
+        raise ValueError(f"{text!r} is not a regular expression ({error}); escape literal characters") from None

@@ -3,22 +3,22 @@ r"""Answers that are numbers, checked on the host by exact rational comparison.
 A number is parsed from text by a small grammar and never evaluated as code. An answer with several numbers is invalid,
 so that listing candidates earns 0. The grammar:
 
-    signs        - and every dash or minus sign of Unicode in front of a number; behind one it makes no sign (3–5)
+    signs        - and every dash or minus sign of Unicode in front of a number; after a number it is not a sign (3–5)
     digits       of every script; 1,234 and 1,23,456 are grouped; 1.234,56 and 3,5 are no numbers
     fractions    1/2, \frac{1}{2}, ½; mixed 1 1/2, 1\frac{1}{2}, 1½
     powers       5e3, 5 \times 10^3
     scales       hundred to quadrillion, dozen, lakh, crore: in the plural, in capitals, several (2 hundred thousand);
-                 20k or 20K, and 20M, 20B, 20T, 20mn, 20bn, 20tn where nothing stands between; another -illion is none
-    percent      %, percent, per cent, pct: a unit, or hundredths; ‰ is none
-    currencies   any sign or name before or behind, left out
-    units        words and symbols behind, left out (cm, km/h, m^2, °); one letter alone that is no unit is a variable
-                 (2x, 5i), and so no number
+                 20k or 20K, and 20M, 20B, 20T, 20mn, 20bn, 20tn without a space; another -illion is invalid
+    percent      %, percent, per cent, pct: a unit, or hundredths; ‰ is invalid
+    currencies   any sign or name before or after the number, ignored
+    units        words and symbols after the number, ignored (cm, km/h, m^2, °); a single letter that is no unit is a
+                 variable (2x, 5i), which is invalid
     words        five, XII and 三 are no numbers
-    expressions  3!, !3, |3|, 3i and 3 i are none: an answer is finished; beside words ! is punctuation (it is 3!)
-    negations    "not 3", "isn't 3", "never 3" are none, nor is what stands behind !=, <=, >= or another sign of no
-                 equality
-    equations    the number behind the last equals sign (x = 3); where bare numbers stand on both sides they agree to
-                 a hundredth (1/3 = 0.33), so that 2 = 3 is none
+    expressions  3!, !3, |3|, 3i and 3 i are invalid; next to words ! is punctuation (it is 3!)
+    negations    "not 3", "isn't 3", "never 3" and numbers after !=, <=, >= or another inequality sign are
+                 invalid
+    equations    the number after the last equals sign (x = 3); bare numbers on both sides must agree to a hundredth
+                 (1/3 = 0.33), so 2 = 3 is invalid
 """
 
 from __future__ import annotations

@@ -148,12 +148,12 @@ class UnitTest(NamedTuple):
 
 
 class Tested(NamedTuple):
-    """The program of a row and what became of its tests.
+    """The program of a row and the outcomes of its tests.
 
     Attributes:
-      code: of the last fenced block; None where there is none.
-      tests: of the record.
-      outcomes: one a test; None where the sandbox itself has failed. Empty without code.
+      code: content of the last fenced block; None without a block.
+      tests: tests of the record.
+      outcomes: one outcome per test; None if the sandbox failed. Empty without code.
     """
 
     code: str | None
@@ -169,7 +169,7 @@ def tested_programs(
     limits: Limits,
     unisolated: bool,
 ) -> list[Tested]:
-    """The programs of all rows, after their tests were run in the sandbox."""
+    """Runs the tests of all rows in the sandbox; one result per row."""
     tests = [recorded_tests(item)[:most_tests] for item in items]
     codes = [blocks[-1] if (blocks := _BLOCK.findall(text)) else None for text in completions]
     found = [Tested(code, own, []) for code, own in zip(codes, tests, strict=True)]

@@ -1,7 +1,7 @@
-"""Plans: how the completions of a step are asked for. `plan.Plan` is what each of them returns.
+"""Plans: how the completions of a step are requested. Each function returns a `plan.Plan`.
 
-A plan is made around another, from the inside out; `plain` is the innermost. Keywords that are named like a size of the
-run (samples_per_prompt, max_completion_tokens, temperature, pad_id, encode) are filled from the run.
+Plans are nested; `plain` is the innermost. Keywords that are named like a size of the run (samples_per_prompt,
+max_completion_tokens, temperature, pad_id, encode) are filled from the run.
 """
 
 from jaxrl_llm.rollout.plans.abandoned_rows import early_abort, mean_entropy_above

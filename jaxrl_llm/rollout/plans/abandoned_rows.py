@@ -1,4 +1,4 @@
-"""Completions that look lost after some tokens are given up, where that is cheaper than to finish them."""
+"""Completions that are likely to fail are abandoned after some tokens, where that is cheaper than finishing them."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def early_abort(
         return tuple(one._replace(pause=pause, fields={**one.fields, **on}) for one in asked)
 
     def looked_lost(rows: Experience) -> Bool[Array, "B"]:
-        """As at the pause: what was drawn later is not read."""
+        """As at the pause: later tokens are not read."""
         seen = jnp.arange(rows.tokens.shape[1]) < after_tokens
         there = {name: value for name, value in rows.known().items() if value.shape == rows.tokens.shape}
         cut = {name: jnp.where(seen, value, 0) for name, value in there.items() if of_tokens(name)}
@@ -135,14 +135,14 @@ def early_abort(
 def mean_entropy_above(
     behaviour_entropy: Float[Array, "B T"], mask: Float[Array, "B T"], *, nats: float
 ) -> Bool[Array, "B"]:
-    """Whether the mean entropy of what a row has said so far is above a number: it looks lost."""
+    """Whether the mean entropy of a row's tokens so far is above a number; such a row looks lost."""
     return (behaviour_entropy * mask).sum(1) > nats * mask.sum(1)
 
 
 def cost_without_abort(
     share: Float[Array, "..."] | float, success: Float[Array, "..."] | float, failure: Float[Array, "..."] | float
 ) -> Array:
-    """Tokens that a right answer costs where every completion is finished.
+    """Tokens per right answer if every completion is finished.
 
         (p t_s + (1 - p) t_f) / p
 
@@ -165,7 +165,7 @@ def cost_with_abort(
     false_alarms: Float[Array, "..."] | float,
     true_alarms: Float[Array, "..."] | float,
 ) -> Array:
-    """Tokens that a right answer costs where what looks lost after `look` tokens is given up.
+    """Tokens per right answer if completions that look lost after `look` tokens are abandoned.
 
         [p ((1 - fpr) t_s + fpr t_a) + (1 - p) (tpr t_a + (1 - tpr) t_f)] / (p (1 - fpr))
 

@@ -1,4 +1,4 @@
-"""Samples of each prompt until it has enough of both kinds."""
+"""Sampling of each prompt until it has enough right and wrong completions."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Pool(NamedTuple):
 
     Attributes:
       rows: with two leading axes, prompts and samples.
-      label: 1 where the reward is above the threshold.
-      drawn: which samples are there.
+      label: 1 if the reward is above the threshold.
+      drawn: which samples exist.
       round: rounds so far.
     """
 
@@ -33,7 +33,7 @@ class Pool(NamedTuple):
 
 
 def _chosen(places: Array, x: Array) -> Array:
-    """Rows at these places of each prompt, one after the other."""
+    """Rows at these positions of each prompt, in order."""
     index = places.reshape(*places.shape, *[1] * (x.ndim - 2))
     return jnp.take_along_axis(x, index, axis=1).reshape(-1, *x.shape[2:])
 

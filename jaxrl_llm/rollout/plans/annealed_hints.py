@@ -1,4 +1,4 @@
-"""Completions that go on from the first pieces of the reference completion: many pieces at first, none in the end."""
+"""Completions that continue the first pieces of the reference completion: many pieces at first, none at the end."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def annealed_hint(
 
 
 def binomial(uniform: Float[Array, "N"], chance: Float[Array, ""] | float, trials: int) -> Int[Array, "N"]:
-    """How many of some trials succeed, by the inverse of the distribution function at a uniform number.
+    """Binomial numbers of successes, by the inverse distribution function at a uniform number.
 
     >>> binomial(jnp.array([0.1, 0.3, 0.8]), 0.5, 2).tolist()
     [0, 1, 2]

@@ -1,4 +1,4 @@
-"""Completions that are written over two steps: what a step does not finish, the next one does."""
+"""Completions that are sampled over two steps: the next step finishes the unfinished completions of a step."""
 
 from __future__ import annotations
 
@@ -130,6 +130,6 @@ _KEPT = (*_PROMPT, "sample", "tokens", "length", "source", "behaviour_logprobs",
 
 
 def _followed_by(prompts: Prompts, begun: Experience, samples_per_prompt: int) -> Prompts:
-    """New prompts, and behind them those of the groups that were begun."""
+    """New prompts, followed by the prompts of the unfinished groups."""
     both = (replace(one, fields={}) for one in (prompts, prompts_of(begun, samples_per_prompt)))
     return jax.tree.map(lambda new, old: jnp.concatenate([jnp.asarray(new), old]), *both)

@@ -1,4 +1,4 @@
-"""Completions that go on from the beginning of a demonstration, which is shown in full at first and ever less."""
+"""Completions that continue the beginning of a demonstration, whose shown part shrinks over the run."""
 
 from __future__ import annotations
 

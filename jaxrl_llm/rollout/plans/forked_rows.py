@@ -1,4 +1,4 @@
-"""Completions with a block of threads that are written side by side: fork where outlines end, join where threads do."""
+"""Completions with a block of parallel threads: they fork at the end of the outlines and join at the end of threads."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ def _block(tags: Sequence[str], threads: int, encode: Any, width: int, pad_id: i
 
 
 def _outlined(block: Block, rows: Experience) -> Int[Array, "B"]:
-    """Threads of the block that each row has just opened; 0 for none, or where they have no room."""
+    """Number of threads of the block that each row has just opened; 0 for none, or if they have no room."""
     threads, label = block.labels.shape
     place = jnp.arange(rows.tokens.shape[1])
     inside = place < rows.length[:, None]
@@ -171,7 +171,7 @@ def _room(block: Block, rows: Experience, count: Int[Array, "B"]) -> Int[Array, 
 
 
 def _thread_starts(block: Block, rows: Experience) -> tuple[Prefixes, Int[Array, "B"]]:
-    """What threads start with, and how long they may get."""
+    """First tokens of threads, and their largest length."""
     threads, label = block.labels.shape
     count = _outlined(block, rows)
     each = lambda x: jnp.repeat(x, threads, axis=0)  # noqa: E731
@@ -185,7 +185,7 @@ def _thread_starts(block: Block, rows: Experience) -> tuple[Prefixes, Int[Array,
 
 
 def _joined_text(block: Block, rows: Experience, bodies: Experience) -> tuple[Prefixes, Int[Array, "B"]]:
-    """Whole texts up to the end of their block, and how long they may get."""
+    """Whole texts up to the end of their block, and their largest length."""
     width, threads, groups = block.width, block.labels.shape[0], rows.tokens.shape[0]
     count, start = _outlined(block, rows), rows.length  # a body stands behind the text before the block
     said, long = bodies.tokens.reshape(groups, threads, -1), bodies.length.reshape(groups, threads)
@@ -204,7 +204,7 @@ def _joined_text(block: Block, rows: Experience, bodies: Experience) -> tuple[Pr
 
 
 def _texts_and_threads(block: Block, carry: Forked) -> tuple[Experience, dict[str, Array]]:
-    """The rows that learn: each whole text, then its threads."""
+    """The trained rows: each whole text, then its threads."""
     assert carry.first is not None  # all rounds are over
     assert carry.bodies is not None
     assert carry.joined is not None

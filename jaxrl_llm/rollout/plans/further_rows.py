@@ -1,7 +1,7 @@
-"""Two rounds: completions, then further ones of the same prompts that start from something made of the first.
+"""Two rounds: completions, then further completions of the same prompts whose beginnings are made from the first.
 
-Every plan that branches, retries, guides or shows the beginning of a demonstration is a declaration of what the further
-rows start from (`begin`) and of what is made of both in the end (`finish`).
+Plans with branches, retries, guidance or demonstration prefixes declare the beginnings of the further rows (`begin`)
+and the final rows (`finish`).
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from jaxrl_llm.rollout.prefixes import Prefixes
 
 
 class Given(NamedTuple):
-    """What further rows are made of.
+    """Inputs of the further rows.
 
     Attributes:
-      rows: the first completions, those of a prompt one after the other.
+      rows: the first completions, grouped by prompt.
       prompts: N prompts of the step.
       key: random key of the step's plan.
       step: updates so far.
@@ -43,11 +43,11 @@ class Given(NamedTuple):
 
 
 class Beginning(NamedTuple):
-    """What further completions start from.
+    """Beginnings of the further completions.
 
     Attributes:
-      prompts: N, in the form that the further rows are asked in.
-      prefixes: one row a completion; None starts afresh.
+      prompts: N, in the form for the further rows.
+      prefixes: one row per completion; None starts with the prompt alone.
       active: prompts that get further rows; the others' have weight 0. None: all.
     """
 
@@ -57,7 +57,7 @@ class Beginning(NamedTuple):
 
 
 class Progress(NamedTuple):
-    """The carry: what is there so far."""
+    """The carry: rows and state so far."""
 
     key: Array
     step: Array
@@ -66,7 +66,7 @@ class Progress(NamedTuple):
 
 
 def unchanged(given: Given, more: Experience) -> tuple[Experience, Experience]:
-    """Both as they are."""
+    """The rows of both rounds, unchanged."""
     return given.rows, more
 
 
@@ -85,7 +85,7 @@ def further(
     """The plan of two rounds. Rows know `branch`: 1 for the further ones.
 
     Args:
-      inner: how the first completions are drawn, `samples_per_prompt - branches` a prompt.
+      inner: how the first completions are sampled, `samples_per_prompt - branches` a prompt.
       name: of the plan, for messages.
       branches: further rows of each prompt.
       samples_per_prompt: rows of a group in the end.

@@ -1,4 +1,4 @@
-"""Sampled under one form of the prompt, learned under another: explanations, guidance, handbooks, hints."""
+"""Rows sampled with one form of the prompt and trained with another: explanations, guidance, handbooks, hints."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ def helped(
     keep: Literal["all", "right"] = "right",
     learned: Literal["group", "written"] = "group",
 ) -> Plan:
-    """Of each group, `branches` completions are drawn behind a form of the prompt that tells more, and learned without.
+    """In each group, `branches` completions are sampled from a more informative form of the prompt, and trained without
+    it.
 
     The form is a column of the data (`data.privileged`): the answer to be explained, a hint, guidance. The rows stand
     behind the plain prompt in the end, so the policy learns to do without (context distillation), and what it gives
@@ -92,13 +93,13 @@ def helped(
 
 
 def _kept(rows: Experience) -> Array:
-    """Share of the helped rows that count."""
+    """Share of the helped rows with nonzero weight."""
     helped_rows = rows["branch"] > 0
     return (helped_rows & (rows.weight > 0)).sum() / jnp.maximum(helped_rows.sum(), 1)
 
 
 def under_view(inner: Plan, *, view: str = "privileged") -> Plan:
-    """All completions are drawn behind another form of the prompt and learned behind the plain one.
+    """All completions are sampled from another form of the prompt and trained with the plain one.
 
     The view that samples and the view that is scored: a hint, a handbook of behaviours or solved examples are there
     while the policy writes, and not while it learns.

@@ -1,4 +1,4 @@
-"""Groups sampled on top, at a temperature of their own."""
+"""Additional groups at another temperature."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def mixed_temperature(inner: Plan, *, samples_per_prompt: Count, prompt_share: P
     """The first prompts of a step get a further group at another temperature; `extra` is True on its rows.
 
     Args:
-      inner: what is sampled beside it.
+      inner: plan of the other groups.
       samples_per_prompt: rows of such a group.
       prompt_share: share of the prompts that get one.
       temperature: a number above 0, or a `Method` that gives the temperature of the next step from the rows of this.

@@ -1,4 +1,4 @@
-"""How the completions of a step are asked for: rounds of requests, and what is kept of their rows.
+"""How the completions of a step are requested: rounds of requests, and the rows that are kept.
 
     carry = init(memory, key, prompts, rows)
     while unfinished(carry):  carry = merge(carry, sampled(requests(carry)))
@@ -26,7 +26,7 @@ from jaxrl_llm.rollout.prefixes import Prefixes
 
 
 class Request(NamedTuple):
-    """What a sampler is asked for: rows of some prompts, all samples of a prompt one after the other.
+    """A request to the sampler: rows of some prompts, grouped by prompt.
 
     Attributes:
       prompts: N of them.
@@ -60,16 +60,16 @@ class Request(NamedTuple):
 
 
 def no_memory() -> None:
-    """Of a plan that remembers nothing."""
+    """The memory of a plan without memory."""
     return None
 
 
 class Plan(NamedTuple):
-    """One way of asking, as pure functions of a carry and of a memory that is kept between steps.
+    """A plan, as pure functions of a carry and of a memory that is kept between steps.
 
     Attributes:
       init: (memory, key, prompts, rows of one round as shapes) -> carry before the first round.
-      requests: (memory, carry, prompts) -> what is sampled in the next round; always equally many requests.
+      requests: (memory, carry, prompts) -> requests of the next round; their number is constant.
       merge: (carry, rows of all requests, one after the other) -> carry.
       unfinished: carry -> whether there is another round. Never read of a plan of one round.
       result: carry -> (rows of the step, numbers to report by name).
@@ -131,23 +131,23 @@ def plain(*, samples_per_prompt: Count) -> Plan:
 
 
 def numbers_before(prompts: Prompts, numbers: int) -> int | Int[Array, "N"]:
-    """Sample numbers that earlier copies of each prompt take, where each copy takes this many."""
+    """Sample numbers that earlier copies of each prompt use, if each copy uses this many."""
     repeat = prompts.fields.get("repeat")
     return 0 if repeat is None else repeat * numbers
 
 
 def require_inside(name: str, inner: Plan, *needs: str) -> None:
-    """Raises ValueError where a plan cannot be made around another, for what the rows of that one lack."""
+    """Raises ValueError if the rows of the inner plan lack fields that the outer plan needs."""
     require(f"rollout.plan.{name}", set(needs), "the plan inside of it", ROWS - inner.lacks)
 
 
 def first_requests(inner: Plan, memory: Any, prompts: Prompts) -> tuple[Request, ...]:
-    """What a plan of one round asks for; its carry plays no part in that."""
+    """The requests of a plan of one round, which do not depend on its carry."""
     return inner.requests(memory, None, prompts)
 
 
 def finished(inner: Plan, rows: Experience) -> tuple[Experience, dict[str, Array]]:
-    """The rows of a plan of one round, from those that were sampled."""
+    """The final rows of a plan of one round, from the sampled rows."""
     return inner.result(inner.merge(None, rows))
 
 
@@ -157,13 +157,13 @@ def empty_like(rows: Experience) -> Experience:
 
 
 def concatenated(*parts: Experience) -> Experience:
-    """Rows one after the other; the parts know the same."""
+    """Concatenated rows; all parts have the same fields."""
     there = [part for part in parts if part.tokens.shape[0]]
     return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *there) if len(there) > 1 else there[0]
 
 
 def request_rows(request: Request, rows: Experience) -> Experience:
-    """What was sampled for a request, with the group ids and the fields that it asks for."""
+    """The sampled rows of a request, with its group ids and fields."""
     count = rows.tokens.shape[0]
     if request.first_group:
         rows = replace(rows, group=rows.group + request.first_group)

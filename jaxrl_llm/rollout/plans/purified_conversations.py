@@ -1,4 +1,4 @@
-"""Conversations whose failed turns are taken out where a later turn made up for them."""
+"""Conversations without the failed turns that a later turn repaired."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def repaired_turns(failed: Bool[Array, "B S"], turns: Int[Array, "B"], *, tries:
 
 
 def without_turns(rows: Experience, gone: Bool[Array, "B S"], pad_id: int) -> Experience:
-    """Conversations without some of their turns and what was answered to them; those that stay are numbered anew."""
+    """Conversations without some turns and their observations; the remaining turns are renumbered."""
     turn, width = rows["turn"].astype(jnp.int32), gone.shape[1]
     lost = jnp.take_along_axis(gone, jnp.clip(turn, 0, width - 1), axis=1)
     first = jnp.where(gone.any(1), jnp.argmax(gone, axis=1), width)
@@ -126,12 +126,12 @@ def turns_answered(
     text: str,
     encode: Callable[[str], Sequence[int]],
 ) -> Bool[Array, "B S"]:
-    """Turns whose observation holds a text, such as that of an error.
+    """Turns whose observation contains a text, such as that of an error.
 
     Args:
       tokens, source, turn: of conversations.
-      turn_rewards: whose width is that of the turns.
-      text: what is looked for, token by token.
+      turn_rewards: its width is the number of turns.
+      text: the text, compared token by token.
       encode: text -> token ids.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Further prompts in the place of groups whose samples are all alike."""
+"""Further prompts that replace groups with equal rewards."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from jaxrl_llm.rollout.plans.plan import Plan, Request, empty_like, finished, fi
 def refill(
     inner: Plan, *, samples_per_prompt: Count, max_rounds: Count = 10, metric: Literal["correct", "rewards"] = "correct"
 ) -> Plan:
-    """Rounds of new prompts until there are as many informative groups as a step learns from.
+    """Rounds of new prompts until the step has enough informative groups.
 
     A step is handed `max_rounds` times its prompts; those that it does not come to are not seen in this epoch. Places
     that are empty at the end have weight 0.

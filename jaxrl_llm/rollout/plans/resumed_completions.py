@@ -1,4 +1,4 @@
-"""Completions that go on from a position of earlier ones: branches, retries, re-concatenation."""
+"""Completions that continue earlier ones from a position: branches, retries, re-concatenation."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def resume(
 
 
 def _share(rows: Experience) -> Float[Array, ""]:
-    """Tokens of branches that were kept from earlier completions, a branch."""
+    """Mean number of tokens that a branch keeps from an earlier completion."""
     branch = rows["branch"]
     inside = jnp.arange(rows.tokens.shape[1]) < rows.length[:, None]
     kept = ((rows.source == Source.HINT) & inside).sum(1)
@@ -209,7 +209,7 @@ def first_departure(
 ) -> Int[Array, "B"]:
     """The tokens before a wrong completion first leaves the reference completion; a right one is started anew.
 
-    Stands for a reflection that says from where to try again.
+    It replaces a reflection that chooses the position of the retry.
     """
     width = min(tokens.shape[1], demonstration_tokens.shape[1])
     place = jnp.arange(width)
@@ -219,5 +219,5 @@ def first_departure(
 
 
 def from_the_start(length: Int[Array, "B"]) -> Int[Array, "B"]:
-    """Nothing is kept: a retry, with a hint where there is one."""
+    """No token is kept: a retry, with the hint if there is one."""
     return jnp.zeros_like(length)

@@ -1,4 +1,4 @@
-"""The samples of a step shared out by what they are worth."""
+"""Allocation of the samples of a step by their value."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from jaxrl_llm.selection import knapsack_rollouts
 
 @struct.dataclass
 class Success:
-    """How often each prompt was answered rightly at its last visit.
+    """The success rate of each prompt at its last visit.
 
     Attributes:
       rate: share of right samples.
@@ -39,7 +39,7 @@ def budget(
     rule: Literal["probability", "expectation"] = "probability",
     alpha: OpenShare = 0.9,
 ) -> Plan:
-    """One round in which prompts get samples by what these are worth, from each one's success at its last visit.
+    """One round in which the number of samples of a prompt depends on their value, from its success at its last visit.
 
     Args:
       inner: the plan whose samples are shared out.

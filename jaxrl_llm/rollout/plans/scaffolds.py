@@ -58,7 +58,7 @@ def scaffolded(
     steepness: Positive = 125.0,
     trained: bool = False,
 ) -> Plan:
-    """Samples are drawn from prompts that show some criteria of the rubric, and learned under the prompts without them.
+    """Samples are drawn from prompts that show some criteria of the rubric, and trained with the prompts without them.
 
     The data gives the prompt with all criteria (column `scaffold`): the prompt's own text with one piece put in, in
     which each criterion ends in the separator. Sample i sees round(criteria * `shown_share`) of them, halves to even,
@@ -117,7 +117,7 @@ def scaffolded(
             chances,
             separator=ids[0],
         )
-        order = jnp.argsort(kept, axis=1, stable=True)  # what is left out comes first, where the padding is
+        order = jnp.argsort(kept, axis=1, stable=True)  # omitted tokens come first, with the padding
         tokens = jnp.take_along_axis(jnp.where(kept, rows.fields["scaffold_tokens"], pad_id), order, axis=1)
         shown = asked_in_form(rows, tokens, kept.sum(1, dtype=jnp.int32))
         return (Request(shown, 1, first_sample=first + sample),)

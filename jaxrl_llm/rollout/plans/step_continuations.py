@@ -1,4 +1,4 @@
-"""Continuations from behind each step of completions: how often each step leads to a right answer."""
+"""Continuations from the end of each step of completions: the share of right answers after each step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A tree of steps for each prompt, grown where a value network and its own visits say, and what it teaches."""
+"""A search tree of steps for each prompt, guided by a value network and visit counts, and its training rows."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ def _grown(children: int, step_end: int, exploration: float, tree: Tree, rows: E
 
 
 def _learned(samples: int, step_end: int, tree: Tree) -> tuple[Experience, dict[str, Array]]:
-    """The rows that finished trees teach, and what is reported of them."""
+    """The training rows of finished trees, and their metrics."""
     count = tree.parent.shape[0]
     there = tree.parent[:, 1:] >= 0
     ended = there & _ended(tree.rows, step_end)
@@ -204,7 +204,7 @@ def upper_bound(
 
 
 def selected(tree: Tree, exploration: float) -> Int[Array, "N"]:
-    """The node of each tree that the search arrives at: one that has no children and may get some."""
+    """The node of each tree that the search selects: one without children that may be expanded."""
 
     def one(parent: Array, value: Array, visits: Array, closed: Array) -> Array:
         def down(node: Array) -> Array:
@@ -240,7 +240,7 @@ def backed_up(tree: Tree, leaf: Int[Array, "N"]) -> Tree:
 
 
 def tree_targets(parent: Int[Array, "M"], right: Bool[Array, "M"]) -> Float[Array, "M"]:
-    """What the value of each node of a finished tree should be; NaN where the tree has no right leaf.
+    """Target value of each node of a finished tree; NaN if the tree has no right leaf.
 
         v = max(0, v_parent + (1 - v_parent) s / m),   v_root = 0
 

@@ -1,4 +1,4 @@
-"""More samples of a prompt than learn: all of them vote, the first of them are trained on."""
+"""More samples of a prompt than are trained: all of them vote, the first ones are trained on."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from jaxrl_llm.rollout.plans.plan import Plan, Request, numbers_before, require_
 
 @ranged
 def voted(inner: Plan, *, samples_per_prompt: Count, samples_voted: Count) -> Plan:
-    """`samples_voted` completions of each prompt are rewarded together, and the first `samples_per_prompt` learn.
+    """`samples_voted` completions of each prompt are rewarded together, and the first `samples_per_prompt` are trained
+    on.
 
     For rewards that come of a vote (`voted_answer`): more votes make a better label, and cost no update.
     `voted_reward` is the mean reward of all of them, which is the share of the majority there.

@@ -5,8 +5,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl_llm.advantages import group_quantile, mixed_value_at_risk, tracked_mixed_value_at_risk
-from jaxrl_llm.advantages.group_relative.risk import bundled_papers, tracked_quantile
+from jaxrl_llm import advantages
+from jaxrl_llm.advantages import group_quantile, tracked_mixed_value_at_risk
+from jaxrl_llm.advantages.group_relative import risk
+from jaxrl_llm.advantages.group_relative.risk import tracked_quantile
+
+# One program each: their operations one by one take seconds to compile.
+bundled_papers = jax.jit(risk.bundled_papers, static_argnames=("prompts_per_bundle",))
+mixed_value_at_risk = jax.jit(
+    advantages.mixed_value_at_risk,
+    static_argnames=("prompts_per_bundle", "credit", "natural_baseline", "tail_weight", "lower", "upper"),
+)
 
 DIGITS = {"rtol": 5.5e-6, "atol": 1e-6}
 REWARDS = jnp.array([1.0, 0, 0, 1, 0, 0, 1, 0, 1, 1, 0, 1])

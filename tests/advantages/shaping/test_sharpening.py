@@ -14,8 +14,10 @@ MASK = jnp.ones((4, 1))
 
 
 def test_worked_example():
-    sharpened = novelty_sharpened(ADVANTAGES, SCORES, GROUP, MASK, WEIGHT)[:, 0]
-    np.testing.assert_allclose(sharpened, [0.866024, -0.866024, -0.866024, 1.16134], rtol=5.5e-6)
+    published = novelty_sharpened(ADVANTAGES, SCORES, GROUP, MASK, WEIGHT)[:, 0]
+    np.testing.assert_allclose(published, [0.866024, -0.866024, -0.866024, 1.29904], rtol=5.5e-6)
+    milder = novelty_sharpened(ADVANTAGES, SCORES, GROUP, MASK, WEIGHT, strength=1.0, cap=1.0)[:, 0]
+    np.testing.assert_allclose(milder, [0.866024, -0.866024, -0.866024, 1.16134], rtol=5.5e-6)
 
 
 def test_only_improbable_right_answers_gain():

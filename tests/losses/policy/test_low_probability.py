@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxrl_llm.losses import clipped_surrogate, lowest_token_proxy, min_p_logprobs, protected_surrogate
-from jaxrl_llm.losses.policy.low_probability import IMPOSSIBLE
+from jaxrl_llm.losses.divergences.divergence import LEAST_LOGPROB
 
 MASK = jnp.array([[1.0, 1, 1], [1, 1, 0], [1, 1, 1], [1, 0, 0]])
 ADVANTAGES = jnp.broadcast_to(jnp.array([1.0, -1, 0.5, -0.5])[:, None], MASK.shape)
@@ -20,7 +20,7 @@ DIGITS = {"rtol": 5.5e-6, "atol": 1e-6}
 def test_worked_example():
     # The card selects by current probabilities, as the released code does.
     proxy = lowest_token_proxy(PROXY, LOGPROBS, ADVANTAGES, MASK, WEIGHT, share=0.7)
-    np.testing.assert_array_equal(proxy > IMPOSSIBLE, np.array([[0, 0, 0], [1, 0, 0], [0, 0, 0], [1, 0, 0]]))
+    np.testing.assert_array_equal(proxy > LEAST_LOGPROB, np.array([[0, 0, 0], [1, 0, 0], [0, 0, 0], [1, 0, 0]]))
     loss = lambda x: protected_surrogate(x, OLD, ADVANTAGES, proxy, MASK)  # noqa: E731
     value, gradient = jax.value_and_grad(lambda x: loss(x).value)(LOGPROBS)
     np.testing.assert_allclose(value, 0.0146185, **DIGITS)
@@ -37,7 +37,7 @@ def test_worked_example():
 def test_worked_example_of_the_proxy():
     log_p = jax.nn.log_softmax(jnp.array([2.0, 1, -3]))
     np.testing.assert_allclose(min_p_logprobs(log_p, jnp.array(1)), -1.31326, **DIGITS)
-    assert min_p_logprobs(log_p, jnp.array(2)) == IMPOSSIBLE
+    assert min_p_logprobs(log_p, jnp.array(2)) == LEAST_LOGPROB
 
 
 def test_the_proxy_is_a_distribution_over_the_kept_symbols():
@@ -45,34 +45,34 @@ def test_the_proxy_is_a_distribution_over_the_kept_symbols():
     tokens = jnp.broadcast_to(jnp.arange(20), (4, 20))
     proxy = min_p_logprobs(jnp.broadcast_to(log_p, (4, 20, 20)), tokens, min_p=0.05)
     np.testing.assert_allclose(jnp.exp(proxy).sum(-1), 1.0, rtol=1e-5)
-    kept = proxy > IMPOSSIBLE
+    kept = proxy > LEAST_LOGPROB
     assert 0 < kept.sum() < kept.size
     assert (jnp.where(kept, proxy - log_p[:, 0], 0) >= 0).all()
 
 
 def test_the_lowest_tokens_are_counted_over_the_batch_and_only_bad_ones():
-    chosen = lowest_token_proxy(PROXY, OLD, ADVANTAGES, MASK, WEIGHT, share=0.7) > IMPOSSIBLE
+    chosen = lowest_token_proxy(PROXY, OLD, ADVANTAGES, MASK, WEIGHT, share=0.7) > LEAST_LOGPROB
     np.testing.assert_array_equal(chosen, np.array([[0, 0, 0], [0, 1, 0], [0, 0, 0], [1, 0, 0]]))
     # An absent row is no part of the count: one token of two is one, and one alone protects nothing.
     fewer = lowest_token_proxy(PROXY, OLD, ADVANTAGES, MASK, WEIGHT.at[3].set(0), share=0.7)
-    np.testing.assert_array_equal(fewer, IMPOSSIBLE)
+    np.testing.assert_array_equal(fewer, LEAST_LOGPROB)
     # 0.01 * 300 is 3 in exact arithmetic.
     many = jnp.arange(300.0)[None]
     ones = jnp.ones((1, 300))
     chosen = lowest_token_proxy(many, -many, -ones, ones, jnp.ones(1))
     np.testing.assert_array_equal(chosen[0, -3:], [297, 298, 299])
-    np.testing.assert_array_equal(chosen[0, :-3], IMPOSSIBLE)
+    np.testing.assert_array_equal(chosen[0, :-3], LEAST_LOGPROB)
 
 
 def test_ties_do_not_depend_on_the_order_of_rows():
     old = jnp.array([[-3.0], [-1], [-1], [-1]])
     ones = jnp.ones((4, 1))
-    chosen = lowest_token_proxy(ones, old, -ones, ones, WEIGHT, share=0.5) > IMPOSSIBLE
+    chosen = lowest_token_proxy(ones, old, -ones, ones, WEIGHT, share=0.5) > LEAST_LOGPROB
     assert chosen.all()
 
 
 def test_without_protected_tokens_it_is_the_clipped_surrogate():
-    nothing = jnp.full_like(PROXY, IMPOSSIBLE)
+    nothing = jnp.full_like(PROXY, LEAST_LOGPROB)
     plain = clipped_surrogate(LOGPROBS, OLD, ADVANTAGES, MASK, clip_low=1.0, clip_high=9.0)
     for loss in (
         protected_surrogate(LOGPROBS, OLD, ADVANTAGES, nothing, MASK),

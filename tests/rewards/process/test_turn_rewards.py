@@ -212,7 +212,7 @@ def test_weights_of_actions_and_of_whole_rows():
     np.testing.assert_allclose(weights(durations, mask, jnp.array([1, 0]), turn, whole_rows=True), [[1, 1], [0, 0]])
     np.testing.assert_allclose(weights(durations * 0, mask, jnp.ones(2), turn, whole_rows=True), 1)
     np.testing.assert_allclose(weights(durations.sum(1), mask, jnp.ones(2)), [[1.1] * 2, [0.9] * 2])
-    with pytest.raises(ValueError, match="durations are of 2 turns a row, so turn is needed"):
+    with pytest.raises(ValueError, match="durations has 2 turns per row, which needs turn"):
         duration_weights(durations, mask, jnp.ones(2))
 
 

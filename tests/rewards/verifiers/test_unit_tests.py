@@ -103,7 +103,7 @@ def test_a_program_is_graded_timed_and_its_milestones_counted():
     np.testing.assert_allclose(milestone_reward(*graded), [1.1, -10, -10, -10])
     with pytest.raises(ValueError, match="the record of row 0 has no tests; it has body"):
         grade([block(DOUBLES)], [{"body": "x"}])
-    with pytest.raises(ValueError, match=r"'\(' is no regular expression .* escape what is meant as it is"):
+    with pytest.raises(ValueError, match=r"'\(' is not a regular expression .* escape literal characters"):
         graded_programs([], [], trained="(")
 
 
