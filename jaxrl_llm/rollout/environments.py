@@ -210,7 +210,7 @@ def advanced(
         state=jax.tree.map(lambda new, old: _chosen(active, new, old), made.state, episodes.state),
         turns=episodes.turns + active,
         turn_rewards=jnp.where(here, made.reward.astype(jnp.float32)[:, None], episodes.turn_rewards),
-        durations=jnp.where(here, made.duration.astype(jnp.float32)[:, None], episodes.durations),
+        durations=jnp.where(here, jnp.asarray(made.duration, jnp.float32)[:, None], episodes.durations),
         stop=jnp.where(active, stop, episodes.stop),
     )
     running = active & (episodes.stop == StopReason.RUNNING)

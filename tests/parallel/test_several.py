@@ -362,6 +362,35 @@ def test_a_run_of_several_processes_is_that_of_one(alone, configs, tmp_path, kin
     assert_same_run(tmp_path / "run", alone[kind])
 
 
+SELECTIONS: dict[str, dict[str, Any]] = {
+    "bandit": {"temperature": 0.2},
+    "by_pass_rate": {},
+    "domain_aware": {"domains": "level", "refresh_every_steps": 1},
+    "variance_aware": {"refresh_every_steps": 1},
+}
+
+
+@pytest.mark.slow
+def test_selections_of_two_processes_choose_as_those_of_one(data_directory, tmp_path):
+    tree = config_of("in the program", data_directory)
+    tree["task"] |= {"levels": [1, 2]}
+    tree["training"] |= {"steps": 4}
+    tree["stages"] = [{"name": name, "data": {"selection": {name: given}}} for name, given in SELECTIONS.items()]
+    config, runs = tmp_path / "config.yaml", {count: tmp_path / f"run{count}" for count in (1, 2)}
+    config.write_text(yaml.safe_dump(tree))
+    for count, directory in runs.items():
+        finished(count, tmp_path / f"logs{count}", config, f"run_dir={directory}")
+    alone, both = (read_records(directory / "samples.jsonl") for directory in runs.values())
+    assert len(alone) == len(both) == 16 * 4 * len(SELECTIONS)
+    for one, other in zip(alone, both, strict=True):  # every prompt with its completion and its rewards
+        assert {n: v for n, v in one.items() if n != "tokens"} == {n: v for n, v in other.items() if n != "tokens"}
+    told = [read_records(directory / "metrics.jsonl") for directory in runs.values()]
+    for one, other in zip(*told, strict=True):
+        reported = {name: value for name, value in one.items() if name.startswith("selection/")}
+        assert {name: other[name] for name in reported} == pytest.approx(reported, rel=1e-5, abs=1e-7)
+    assert len({line["prompt"] for line in alone}) > 12  # of 24, four a step
+
+
 def until_step(run: Launched, directory: Path, step: int) -> None:
     until = time.monotonic() + LIMIT
     path = directory / "metrics.jsonl"
