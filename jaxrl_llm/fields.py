@@ -212,7 +212,7 @@ _ROWS: Any = (
         "alignment",
         "scalar",
         "metrics",
-        "whether the losses on written rows would lower a held-out loss faster than the others",
+        "first-order decrease of a held-out loss by the losses on written rows, less that by the other losses",
     ),
     # text, on the host: a list with one entry per row; in the singular, the entry of one row
     ("completions", "row", "text", "decoded completions"),

@@ -81,9 +81,14 @@ def finished_in_window(
     chex.assert_equal_shape([group, sample, weight])
     order = jnp.lexsort((sample, group))
     took = jnp.where(weight > 0, durations.astype(jnp.float32).reshape(len(group), -1).sum(axis=1), 0.0)[order]
-    until = jnp.cumsum(took)
-    first = jax.ops.segment_min(until - took, group[order], num_segments=len(group))
-    finished = jnp.zeros(len(group), bool).at[order].set(until - first[group[order]] <= window)
+    starts = jnp.diff(group[order], prepend=-1) != 0
+
+    def joined(before, after):
+        return before[0] | after[0], jnp.where(after[0], after[1], before[1] + after[1])
+
+    # Sums that start anew in each group: a sum over the batch would lose the digits of a short group.
+    until = jax.lax.associative_scan(joined, (starts, took))[1]
+    finished = jnp.zeros(len(group), bool).at[order].set(until <= window)
     return jnp.where(finished, weight, 0.0)
 
 

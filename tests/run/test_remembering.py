@@ -44,6 +44,7 @@ BESIDE: dict[str, dict[str, Any]] = {
             {"advantages": "group_normalized"},
         ]
     },
+    "hardest": {"losses": ["clipped_surrogate", {"stored_likelihood": {"coefficient": 1.0}}]},
     "topology_aware": {
         "credit": [{"turn": {"step_borders": {"pattern": "[0-9]"}}}, {"advantages": "group_normalized"}]
     },
@@ -53,7 +54,10 @@ PLANS: dict[str, dict[str, Any]] = {
     "annealed_hint": {"pieces": 3},
     "demonstration_prefix": {"branches": 1},
     "early_abort": {"lost": {"mean_entropy_above": {"nats": 0.5}}, "after_tokens": 2},
-    "mixed_temperature": {"temperature": {"temperature_controller": {"target": 0.5, "cold": 0.8, "hot": 1.2}}},
+    "mixed_temperature": {
+        "prompt_share": 0.5,
+        "temperature": {"temperature_controller": {"target": 0.5, "cold": 0.8, "hot": 1.2}},
+    },
     "partial_rollouts": {"tokens_per_step": 4},
 }
 SOURCES: dict[str, Any] = {
@@ -70,7 +74,7 @@ STAGES: list[dict[str, Any]] = [
     *(selected(name, name, OPTIONS.get(name, {})) for name in of_library()),
     *(selected(name, *form) for name, form in FORMS.items() if "pass_rate" not in form[1]),
     *({"name": name, "rollout": {"plan": {name: options}}} for name, options in PLANS.items()),
-    *({"name": name, "source": sources} for name, sources in SOURCES.items()),
+    *({"name": name, "source": sources} | BESIDE.get(name, {}) for name, sources in SOURCES.items()),
 ]
 RUNS = [STAGES[first : first + 3] for first in range(0, len(STAGES), 3)]
 
