@@ -313,6 +313,8 @@ def curves_of_compositions(steps: int) -> dict[str, Any]:
     tree = read_tree(shipped.recipe_path("compose"))
     tree["model"] = curves.MODEL
     tree["task"] |= {"validation_items": 64, "test_items": 64}
+    # After twice as many supervised steps nearly all pairs are right, and nothing is left to learn from them.
+    tree["stages"][0]["training"]["steps"] = 800
     tree["stages"][-1]["training"] = tree["stages"][-1].get("training", {}) | {"steps": steps, "prompts_per_step": 24}
     tree |= {"evaluation": curves.EVALUATION | {"every_steps": 0}, "checkpoints": {"every_steps": 100_000, "keep": 1}}
     tree["reporting"] = {"samples_every_steps": 0, "report": False, "loggers": []}

@@ -215,7 +215,8 @@ def _ragged(x, choices, weights, experts, gated):
     @jax.checkpoint
     def one(part):
         narrow = tuple(leaf.astype(given.dtype) for leaf, given in zip(wide, experts, strict=True))
-        return _sorted_pairs(*part, narrow, gated)
+        x, choices, weights = part
+        return _sorted_pairs(x, choices, weights, narrow, gated)
 
     def cut(leaf, fill):
         whole = jnp.pad(leaf, [(0, -leaf.shape[0] % parts), (0, 0)], constant_values=fill)
