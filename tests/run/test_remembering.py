@@ -53,7 +53,10 @@ PLANS: dict[str, dict[str, Any]] = {
     "annealed_hint": {"pieces": 3},
     "demonstration_prefix": {"branches": 1},
     "early_abort": {"lost": {"mean_entropy_above": {"nats": 0.5}}, "after_tokens": 2},
-    "mixed_temperature": {"temperature": {"temperature_controller": {"target": 0.5, "cold": 0.8, "hot": 1.2}}},
+    "mixed_temperature": {
+        "prompt_share": 0.5,
+        "temperature": {"temperature_controller": {"target": 0.5, "cold": 0.8, "hot": 1.2}},
+    },
     "prioritized": {"first_samples": 2},
     "partial_rollouts": {"tokens_per_step": 4},
 }
