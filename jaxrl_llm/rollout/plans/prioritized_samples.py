@@ -52,7 +52,7 @@ def prioritized(
       first_samples: of each prompt in the first round, at least 2, so that they have a deviation.
       rounds: further rounds. The rewards are read before each.
       confidence, exploration: see `rollout_priority`.
-      clock: T of the exploration term: completed steps, or rollouts of the step so far.
+      clock: T of the exploration term: completed steps with this plan, or rollouts of the step so far.
 
     Raises:
       ValueError: for fewer than two first samples, or further rounds of less than a sample per prompt in the mean.
