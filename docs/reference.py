@@ -239,6 +239,7 @@ def every_plan() -> dict[str, tuple[plans.Plan, tuple[str, ...]]]:
         "plain": plain,
         "refill": plans.refill(plain, samples_per_prompt=4),
         "adaptive": plans.adaptive(plain, samples_per_prompt=4),
+        "prioritized": plans.prioritized(plain, samples_per_prompt=4, first_samples=2),
         "budget": plans.budget(plain, samples_per_prompt=4, prompt_ids=1),
         "prefixes": plans.prefixes(plain, texts=("a",), encode=lambda text: [1], **sizes),
         "demonstration_in_group": plans.demonstration_in_group(plain, **sizes),

@@ -307,7 +307,7 @@ def _config_needs(tree: dict[str, Any]) -> set[str]:
         found |= {_PLAN_NEEDS[name]} if name in _PLAN_NEEDS else set()
         found |= (
             {"several rounds"}
-            if name in ("refill", "adaptive", "tree_search")
+            if name in ("refill", "adaptive", "prioritized", "tree_search")
             else {"branches"}
             if name in _TWO_ROUNDS
             else set()

@@ -324,6 +324,7 @@ def small(name: str, data_directory: str) -> dict[str, Any]:
             hyper |= {"branches": min(hyper["branches"], samples - 1)} if "branches" in hyper else {}
             hyper |= {"tokens_per_step": rollout["max_completion_tokens"] - 1} if "tokens_per_step" in hyper else {}
             hyper |= {"branches": 2, "threads": 1} if "threads" in hyper else {}
+            hyper |= {"first_samples": 2} if "first_samples" in hyper else {}
             hyper |= {"after_tokens": 2} if "after_tokens" in hyper else {}
     stages = tree.get("stages", [])
     for stage in stages:

@@ -298,6 +298,8 @@ PANELS = (
             Metric("groups_kept", "count", OF_STEP, "Groups with unequal rewards that `refill` has found."),
             Metric("samples_drawn", "count", OF_STEP, "Completions that `adaptive` has drawn."),
             Metric("prompts_unfinished", "count", OF_STEP, "Prompts that `adaptive` has given up."),
+            Metric("largest_group", "count", OF_STEP, "Completions of the prompt with the most (`prioritized`)."),
+            Metric("smallest_group", "count", OF_STEP, "Completions of the prompt with the fewest (`prioritized`)."),
             Metric("voted_reward", "reward", DRAWN, "Mean reward of all samples that have voted (`voted`)."),
             Metric(
                 "prefix_tokens",

@@ -45,21 +45,23 @@ def rollout_priority(
     rewards: Float[Array, "B"],
     group: Int[Array, "B"],
     weight: Float[Array, "B"],
+    step: Int[Array, ""] | None = None,
     *,
     confidence: OpenShare = 0.95,
     exploration: NonNegative = 0.0,
 ) -> Float[Array, "B"]:
     """Expected benefit of one more rollout of the row's prompt.
 
-        h(n) - h(n + 1) + exploration * sqrt(log(1 + N) / n)
+        h(n) - h(n + 1) + exploration * sqrt(log(1 + T) / n)
 
-    with h as in `reward_half_width` at the same deviation, n the rollouts of the prompt and N those of all prompts. The
-    form of the exploration term is from a secondary source and its constant is unknown.
+    with h as in `reward_half_width` at the same deviation and n the rollouts of the prompt. The form of the exploration
+    term is from secondary sources, which differ in T; its constant is unknown.
 
     Args:
       rewards: total reward of each row.
       group: id of the group each row belongs to.
       weight: weight of each row; 0 is absent.
+      step: T, the number of completed steps; None: T is the number of rollouts of all prompts.
       confidence: of the interval.
       exploration: weight of the bonus for prompts with few rollouts.
 
@@ -74,7 +76,8 @@ def rollout_priority(
     """
     deviation, counts = group_std(rewards, group, weight), group_size(group, weight)
     factors = _interval_factors(len(group), confidence)
-    priority = _priority(deviation, counts, (weight > 0).sum(), factors, exploration)
+    clock = (weight > 0).sum() if step is None else step
+    priority = _priority(deviation, counts, clock, factors, exploration)
     return jnp.where(weight > 0, priority, 0.0)
 
 
@@ -83,6 +86,7 @@ def next_rollouts(
     rewards: Float[Array, "B"],
     group: Int[Array, "B"],
     weight: Float[Array, "B"],
+    step: Int[Array, ""] | None = None,
     *,
     rollouts: Natural,
     confidence: OpenShare = 0.95,
@@ -91,12 +95,14 @@ def next_rollouts(
     """Number of the next `rollouts` for each prompt, allotted one by one to the prompt of largest `rollout_priority`.
 
     Each allotted rollout counts in the next comparison, at an unchanged deviation. Without exploration, prompts of
-    equal rewards get none, unless all prompts have equal rewards; ties go to the first prompt.
+    equal rewards get none, unless all prompts have equal rewards. Ties go to the prompt of fewest rollouts, then to the
+    first one.
 
     Args:
       rewards: total reward of each row.
       group: id of the group each row belongs to.
       weight: weight of each row; 0 is absent.
+      step: T, the number of completed steps; None: T is the number of rollouts of all prompts.
       rollouts: rollouts of the next round.
       confidence: of the interval.
       exploration: weight of the bonus for prompts with few rollouts.
@@ -115,17 +121,19 @@ def next_rollouts(
     factors = _interval_factors(len(group) + rollouts, confidence)
 
     def give(given, _):
-        total = (weight > 0).sum() + given.sum()
-        priority = _priority(deviation, counts + given, total, factors, exploration)
-        chosen = jnp.argmax(jnp.where(leaders, priority, -jnp.inf))
+        clock = (weight > 0).sum() + given.sum() if step is None else step
+        priority = jnp.where(leaders, _priority(deviation, counts + given, clock, factors, exploration), -jnp.inf)
+        chosen = jnp.argmin(
+            jnp.where(leaders & (priority == priority.max()), counts + given, len(group) + rollouts + 1)
+        )
         return given.at[chosen].add(jnp.any(leaders).astype(given.dtype)), None
 
     return jax.lax.scan(give, jnp.zeros(len(group), jnp.int32), length=rollouts)[0]
 
 
-def _priority(deviation, counts, total, factors, exploration):
+def _priority(deviation, counts, clock, factors, exploration):
     drop = deviation * (factors[counts] - factors[counts + 1])
-    bonus = jnp.sqrt(jnp.log1p(total.astype(jnp.float32)) / jnp.maximum(counts, 1))
+    bonus = jnp.sqrt(jnp.log1p(jnp.asarray(clock, jnp.float32)) / jnp.maximum(counts, 1))
     return drop + exploration * bonus
 
 

@@ -23,10 +23,11 @@ from jaxrl_llm.rollout.plans import (
     mixed_temperature,
     plain,
     prefixes,
+    prioritized,
     refill,
     resume,
 )
-from jaxrl_llm.selection import knapsack_rollouts
+from jaxrl_llm.selection import knapsack_rollouts, next_rollouts
 from jaxrl_llm.training import Resources, Rollout, Update, make_train_step
 
 SIZES = {"max_completion_tokens": 4, "eos_ids": (2,), "pad_id": 0}
@@ -214,6 +215,49 @@ def test_a_budget_follows_what_was_right_at_the_last_visit(model, params):
     every = drawn(model, params, KEY, prompts, 8, step=1)
     rows = np.concatenate([8 * n + np.arange(count) for n, count in enumerate(expected)])
     np.testing.assert_array_equal(second.tokens, every.tokens[rows])
+
+
+# ---- prioritized ----------------------------------------------------------------------------------------------------
+
+
+def by_priority(samples=4, **options):
+    return prioritized(plain(samples_per_prompt=samples), samples_per_prompt=samples, first_samples=2, **options)
+
+
+def even_at_first(tokens, step):
+    """`even` in the first step, then 1 for all."""
+    return jnp.where(step == 0, even(tokens), 1.0)
+
+
+@pytest.mark.parametrize(
+    "rounds, reward", [(1, even_at_first), pytest.param(2, even_on_the_host, marks=pytest.mark.slow)]
+)
+def test_samples_go_to_the_prompts_of_largest_priority(model, params, rounds, reward):
+    prompts = make_prompts(8)
+    step = composed(model, by_priority(rounds=rounds), 4, rewards=[reward])
+    state, metrics, rows = step.run(step.init(KEY, params), prompts, ITEMS, None)
+    every = drawn(model, params, KEY, prompts, 18)
+    right = (every.tokens[:, 0] % 2 == 0).astype(np.float32)
+    sizes = np.full(8, 2)
+    for _ in range(rounds):
+        group = np.repeat(np.arange(8), sizes)
+        first = np.searchsorted(group, np.arange(8))
+        rewards = jnp.asarray(right[18 * group + np.arange(len(group)) - first[group]])
+        options = {"rollouts": 16 // rounds, "exploration": 1.0}
+        given = next_rollouts(rewards, jnp.asarray(group), jnp.ones(len(group)), jnp.int32(0), **options)
+        sizes += np.asarray(given)[first]
+    assert sizes.max() > sizes.min() == 2
+    places = np.concatenate([18 * n + np.arange(size) for n, size in enumerate(sizes)])
+    np.testing.assert_array_equal(rows.tokens, every.tokens[places])
+    np.testing.assert_array_equal(rows.sample, every.sample[places])
+    np.testing.assert_array_equal(rows.group, np.repeat(np.arange(8), sizes))
+    np.testing.assert_array_equal(rows["rewards"], right[places])
+    np.testing.assert_array_equal(rows.weight, np.ones(32))
+    assert (metrics["largest_group"], metrics["smallest_group"]) == (sizes.max(), sizes.min())
+    if reward is even_at_first:
+        state, metrics, rows = step.run(state, prompts, ITEMS, None)
+        np.testing.assert_array_equal(rows.group, np.repeat(np.arange(8), 4), err_msg="equal rewards: even shares")
+        assert state.memory["rollout:plan"] == 2
 
 
 # ---- starts that are given ------------------------------------------------------------------------------------------
@@ -427,9 +471,10 @@ def test_prompts_are_talked_about_until_they_have_enough_of_both_kinds(model, pa
         resumed(from_the_start),
         mixed_temperature(plain(samples_per_prompt=4), samples_per_prompt=4, prompt_share=1.0, temperature=1.5),
         budget(plain(samples_per_prompt=4), samples_per_prompt=4, prompt_ids=1, least=1, most=8),
+        pytest.param(by_priority(clock="rollouts"), marks=pytest.mark.slow),
         refilled(samples=4, max_rounds=2),
     ],
-    ids=["plain", "demonstration", "adaptive", "resume", "mixed_temperature", "budget", "refill"],
+    ids=["plain", "demonstration", "adaptive", "resume", "mixed_temperature", "budget", "prioritized", "refill"],
 )
 def test_copies_of_a_prompt_get_samples_of_their_own(model, params, plan):
     one = jax.tree.map(lambda x: np.repeat(x, 6, axis=0), with_demonstrations(1))
@@ -498,6 +543,8 @@ STARTED = started(2)
             "it is the mean and must lie between",
         ),
         (lambda: budget(TWO, samples_per_prompt=2, prompt_ids=0), "prompt_ids is 0; it must be at least 1"),
+        (lambda: by_priority(3, rounds=2), "samples_per_prompt is 3, but .* it must be at least 4"),
+        (lambda: prioritized(TWO, samples_per_prompt=2, first_samples=1), "first_samples is 1; it must be at least 2"),
         (lambda: demonstration_in_group(plain(samples_per_prompt=1), **WIDTHS), "samples_per_prompt is 1"),
         (lambda: prefixes(TWO, texts=("a", "b", "c"), encode=encode, **WIDTHS), "3 texts, which do not divide"),
         (lambda: prefixes(TWO, texts=("abca",), encode=encode, **WIDTHS), "leaves nothing of rollout.max_completion"),
@@ -532,6 +579,7 @@ def test_bad_plans(make, message):
         ("adaptive", lambda: adaptive(STARTED, samples_per_prompt=2), "any_number"),
         ("budget", lambda: budget(WRITTEN, samples_per_prompt=2, prompt_ids=8, most=8), "any_number"),
         ("budget", lambda: budget(STARTED, samples_per_prompt=2, prompt_ids=8, most=8), "any_number"),
+        ("prioritized", lambda: prioritized(UNEVEN, samples_per_prompt=8), "equal_groups"),
         ("demonstration_in_group", lambda: demonstration_in_group(STARTED, **WIDTHS), "any_number"),
         ("demonstration_in_group", lambda: demonstration_in_group(WRITTEN, **WIDTHS), "any_number"),
     ],

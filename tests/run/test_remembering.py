@@ -58,6 +58,7 @@ PLANS: dict[str, dict[str, Any]] = {
         "prompt_share": 0.5,
         "temperature": {"temperature_controller": {"target": 0.5, "cold": 0.8, "hot": 1.2}},
     },
+    "prioritized": {"first_samples": 2},
     "partial_rollouts": {"tokens_per_step": 4},
 }
 SOURCES: dict[str, Any] = {

@@ -16,6 +16,13 @@ def test_worked_example():
     np.testing.assert_allclose(rollout_priority(REWARDS, GROUP, WEIGHT), 0.105288, rtol=2e-6)
 
 
+def test_worked_example_of_the_exploration_term():
+    # Equal rewards leave the exploration term alone: n = 4 and 8, T = 100.
+    group = jnp.array([0] * 4 + [5] * 8)
+    priority = rollout_priority(jnp.ones(12), group, jnp.ones(12), jnp.int32(100), exploration=1.0)
+    np.testing.assert_allclose(priority, [1.07414] * 4 + [0.759533] * 8, rtol=1e-5)
+
+
 def test_the_interval_is_that_of_student():
     # t for 95% and 1, 2, 10 degrees of freedom.
     for samples, quantile in ((2, 12.7062), (3, 4.30265), (11, 2.22814)):
@@ -58,6 +65,13 @@ def test_each_rollout_counts_in_the_next_comparison():
         counts[max(counts, key=drop)] += 1
     given = next_rollouts(rewards, group, jnp.ones(6), rollouts=4)
     np.testing.assert_array_equal(given, [counts[0] - 2, 0, counts[4] - 4, 0, 0, 0])
+
+
+@pytest.mark.parametrize("exploration", [0.0, 1.0])
+def test_prompts_of_equal_rewards_get_even_shares(exploration):
+    group = jnp.array([0, 0, 4, 4, 3])  # the last prompt catches up first
+    given = next_rollouts(jnp.ones(5), group, jnp.ones(5), rollouts=7, exploration=exploration)
+    np.testing.assert_array_equal(given, [2, 0, 2, 0, 3])
 
 
 def test_an_empty_batch_asks_for_nothing():

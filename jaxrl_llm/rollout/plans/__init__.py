@@ -17,6 +17,7 @@ from jaxrl_llm.rollout.plans.helped_rows import helped, under_view
 from jaxrl_llm.rollout.plans.mixed_temperatures import mixed_temperature
 from jaxrl_llm.rollout.plans.paraphrases import paraphrased
 from jaxrl_llm.rollout.plans.plan import Plan, Request, plain
+from jaxrl_llm.rollout.plans.prioritized_samples import prioritized
 from jaxrl_llm.rollout.plans.purified_conversations import purified, turns_answered, turns_below
 from jaxrl_llm.rollout.plans.refilled_groups import refill
 from jaxrl_llm.rollout.plans.resumed_completions import (
@@ -55,6 +56,7 @@ __all__ = [
     "partial_rollouts",
     "plain",
     "prefixes",
+    "prioritized",
     "purified",
     "refill",
     "resume",
