@@ -214,7 +214,7 @@ BAD_ANSWERS = {
         r"token 'token_id:x' at position 0",
     ),
     "other_prompt": (choice_with(prompt_token_ids=[1, 3, 4]), r"says that its prompt had 3 tokens.*special tokens"),
-    "html": (lambda a: b"<html>hello</html>", r"no JSON: '<html>hello</html>'; check that rollout.engine.url"),
+    "html": (lambda a: b"<html>hello</html>", r"other than JSON: '<html>hello</html>'; check that rollout.engine.url"),
     "nothing": (lambda a: None, r"has no list of choices"),
 }
 

@@ -160,8 +160,8 @@ def listed(kinds) -> str:
 
 def test_the_page_lists_every_kind_of_damage():
     page = Path(__file__).parents[2].joinpath("docs", "survival.md").read_text()
-    assert f"after:\n\n{listed(DAMAGE)}\n" in page, listed(DAMAGE)
-    assert f"after:\n\n{listed(HARMLESS)}\n" in page, listed(HARMLESS)
+    assert f":\n\n{listed(DAMAGE)}\n" in page, listed(DAMAGE)
+    assert f":\n\n{listed(HARMLESS)}\n" in page, listed(HARMLESS)
     assert len(DAMAGE) >= 33
 
 
