@@ -175,7 +175,9 @@ def test_numbers_of_bins_are_shares_of_the_rows():
 
 
 def test_what_cannot_be_packed_is_refused(make_bigram):
-    with pytest.raises(ValueError, match=r"training.packing is set, but the model of the policy does not support segments"):
+    with pytest.raises(
+        ValueError, match=r"training.packing is set, but the model of the policy does not support segments"
+    ):
         checked(composed(make_bigram(16), Update(packing=(0.5,)), [negative_log_likelihood]))
     with pytest.raises(ValueError, match=r"training.packing and training.completion_buckets are both set"):
         Update(packing=(0.5,), completion_buckets=(4,))
