@@ -36,25 +36,28 @@ from rich.table import Table
 from jaxrl_llm.experience import Prompts
 from jaxrl_llm.losses import clipped_surrogate
 from jaxrl_llm.models import TransformerConfig, transformer
+from jaxrl_llm.planning.profiled import ceilings
 from jaxrl_llm.rollout.external import logprob_gap
 from jaxrl_llm.rollout.generation import generate
 from jaxrl_llm.rows import Written, written_rows
 from jaxrl_llm.training import Update, make_train_step
 
+QWEN3 = {"vocabulary_size": 151_936, "layers": 28, "heads": 16, "kv_heads": 8, "head_width": 128}
 SIZES = {
-    "0.6b": {"vocabulary_size": 151_936, "width": 1024, "layers": 28, "heads": 16, "kv_heads": 8, "mlp_width": 3072},
-    "1.7b": {"vocabulary_size": 151_936, "width": 2048, "layers": 28, "heads": 16, "kv_heads": 8, "mlp_width": 6144},
-    "tiny": {"vocabulary_size": 512, "width": 64, "layers": 2, "heads": 4, "kv_heads": 2, "mlp_width": 128},
+    "0.6b": QWEN3 | {"width": 1024, "mlp_width": 3072},
+    "1.7b": QWEN3 | {"width": 2048, "mlp_width": 6144},
+    "tiny": {
+        **{"vocabulary_size": 512, "layers": 2, "heads": 4, "kv_heads": 2, "head_width": 16},
+        **{"width": 64, "mlp_width": 128},
+    },
 }
-HEAD_WIDTH = {"0.6b": 128, "1.7b": 128, "tiny": 16}
 PARTS = ("decode", "update", "gap")
 
 
 def config_of(options: argparse.Namespace, **changes: Any) -> TransformerConfig:
     """The model, computed in bfloat16."""
     settings = {"layer_loop": options.layer_loop, "attention": options.attention, "compute_dtype": "bfloat16"}
-    sizes = SIZES[options.size] | {"head_width": HEAD_WIDTH[options.size], "rope_base": 1e6}
-    return TransformerConfig(**sizes | settings | changes)
+    return TransformerConfig(rope_base=1e6, **SIZES[options.size] | settings | changes)
 
 
 def median_seconds(call: Callable[[], Any], repetitions: int) -> float:
@@ -66,26 +69,6 @@ def median_seconds(call: Callable[[], Any], repetitions: int) -> float:
         jax.block_until_ready(call())
         found.append(time.perf_counter() - start)
     return statistics.median(found)
-
-
-def limits(repetitions: int, side: int, copied: int) -> dict[str, float]:
-    """Bytes and operations per second that this device reaches."""
-    source = jax.random.normal(jax.random.key(0), (copied // 2,), jnp.bfloat16)
-    left, right = (jax.random.normal(jax.random.key(i), (side, side), jnp.bfloat16) for i in (1, 2))
-    many = 10  # in one program, so that a call's own time does not count
-
-    @jax.jit
-    def copies(x):
-        # One pass that reads and writes all of it; each depends on the last.
-        return jax.lax.fori_loop(0, many, lambda _, x: x + jnp.bfloat16(1), x)
-
-    @jax.jit
-    def products(left, right):
-        return jax.lax.fori_loop(0, many, lambda _, x: (x @ right) * jnp.bfloat16(side**-0.5), left)
-
-    seconds = median_seconds(lambda: copies(source), repetitions)
-    each = median_seconds(lambda: products(left, right), repetitions)
-    return {"bytes_per_second": many * 2 * copied / seconds, "flops_per_second": many * 2 * side**3 / each}
 
 
 def prompts_of(rows: int, width: int, vocabulary: int) -> Prompts:
@@ -116,7 +99,6 @@ def decode(options: argparse.Namespace, found: dict[str, float]) -> list[dict[st
             program = jax.jit(partial(generate, model, **settings))
             return median_seconds(lambda: program(params, prompts, jax.random.key(0), 0), options.repetitions)
 
-        start = time.perf_counter()
         whole, first = run(options.completion), run(1)
         seconds = (whole - first) / (options.completion - 1)
         per_token = 2 * config.layers * config.kv_heads * config.head_size * 2
@@ -129,8 +111,7 @@ def decode(options: argparse.Namespace, found: dict[str, float]) -> list[dict[st
                 "tokens_per_second": rows * options.completion / whole,
                 "first_token": first,
                 "least_bytes": least,
-                "share": least / seconds / found["bytes_per_second"],
-                "all_seconds": time.perf_counter() - start,
+                "share": least / seconds / found["bytes"],
             }
         )
     return measured
@@ -174,7 +155,7 @@ def update(options: argparse.Namespace, found: dict[str, float]) -> dict[str, An
         "first_call": seconds[0],
         "tokens_per_second": tokens / taken,
         "flops": flops,
-        "share": flops / taken / found["flops_per_second"],
+        "share": flops / taken / found["flops"],
         "peak_memory": memory.get("peak_bytes_in_use", 0),
     }
 
@@ -196,7 +177,7 @@ def gap(options: argparse.Namespace, found: dict[str, float]) -> list[dict[str, 
 def print_figures(figures: dict[str, Any], options: argparse.Namespace) -> None:
     """Tables."""
     console, limit = Console(), figures["limits"]
-    rates = f"{limit['bytes_per_second'] / 1e12:.2f} TB/s, {limit['flops_per_second'] / 1e12:.0f} TFLOP/s"
+    rates = f"{limit['bytes'] / 1e12:.2f} TB/s, {limit['flops'] / 1e12:.0f} TFLOP/s"
     console.print(f"{figures['device']}, jax {jax.__version__}, Qwen3 {options.size}; limits {rates}")
     if "decode" in figures:
         table = Table("rows", "ms a token", "tokens/s", "prefill", "share of bandwidth", title="decode")
@@ -243,7 +224,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     options = parser.parse_args(arguments)
     device = jax.local_devices()[0]
     figures: dict[str, Any] = {"device": device.device_kind, "jax": jax.__version__, "options": vars(options)}
-    figures["limits"] = limits(options.repetitions, options.side, options.copied)
+    figures["limits"] = ceilings("bfloat16", size=options.side, length=options.copied // 4, repeats=options.repetitions)
     measured = {"decode": decode, "update": update, "gap": gap}
     for part in options.only:
         figures[part] = measured[part](options, figures["limits"])

@@ -12,6 +12,7 @@ from typing import Any
 LONGEST_SHOWN = 200
 LONGEST_MESSAGE = 1500
 MOST_LEVELS = 100
+_LONGEST_NAME, _LONGEST_PATH = 255, 4095  # bytes of a file system
 
 
 def shown(value: Any, most: int = LONGEST_SHOWN) -> str:
@@ -93,4 +94,15 @@ def _deeper(value: Any, levels: int) -> bool:
         return False
     return levels == 0 or any(
         _deeper(one, levels - 1) for one in (value.values() if isinstance(value, dict) else value)
+    )
+
+
+def too_long_a_path(path: str) -> str | None:
+    """Why a file system refuses a path for its length; None if it does not."""
+    whole, longest = len(os.fsencode(path)), max(len(os.fsencode(name)) for name in path.split("/"))
+    if whole <= _LONGEST_PATH and longest <= _LONGEST_NAME:
+        return None
+    return (
+        f"{whole} bytes, of which one name has {longest}; a path has at most {_LONGEST_PATH}, and each name in it "
+        f"{_LONGEST_NAME}"
     )

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxrl_llm import __version__
+from jaxrl_llm.bounds import too_long_a_path
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:
@@ -53,7 +54,7 @@ def config_path(word: str) -> Path:
     path = Path(word)
     if os.path.exists(path):  # False as well for a name that is too long
         return path
-    if len(word) > 4000 or max(map(len, path.parts), default=0) > 255:
+    if too_long_a_path(word) is not None:
         raise ValueError(f"config {word[:60]}... does not exist: its name is too long; give the path of a YAML file")
     if word.isidentifier():
         return recipe_path(word)

@@ -27,7 +27,7 @@ METHODS = {*FIELDS, "bounds", "ranges", "statistics", "token_codes", *ARITHMETIC
 MAY_IMPORT: dict[str, set[str]] = {
     "bounds": set(),
     "experience": set(),
-    "shipped": set(),
+    "shipped": {"bounds"},
     "network_names": set(),
     "fields": {"experience", "network_names", "shipped"},
     "signatures": {"experience", "fields"},

@@ -13,7 +13,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 import pydantic
 
 from jaxrl_llm.addresses import is_address
-from jaxrl_llm.bounds import file_bytes, natural, shown
+from jaxrl_llm.bounds import file_bytes, natural, shown, too_long_a_path
 from jaxrl_llm.config.errors import ConfigError
 from jaxrl_llm.config.inputs import MODEL_KINDS, PretrainedConfig, model_kind
 from jaxrl_llm.config.whole import Config
@@ -26,7 +26,6 @@ _LONGEST_KEY = 200
 _LONGEST_KEPT = 10_000  # letters of a file that is parsed once
 _LARGEST = 2**63
 _PATHS = ("path", "file", "directory", "_dir", "init_from")  # what keys of paths end with
-_LONGEST_NAME, _LONGEST_PATH = 255, 4095  # bytes
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = (), **defaults: Any) -> Config:
@@ -176,13 +175,9 @@ def _copied(tree: Any, key: str = "", level: int = 0) -> Any:
         raise ConfigError(f"config key {key} is {shown(tree, 60)}, which is beyond 64 bits; give a smaller number")
     if isinstance(tree, str) and ("\0" in tree or any("\ud800" <= character <= "\udfff" for character in tree)):
         raise ConfigError(f"config key {key} is {shown(tree)}, with invalid characters; remove them")
-    if isinstance(tree, str) and key.endswith(_PATHS) and not is_address(tree):
-        longest = max(len(name.encode()) for name in tree.split("/"))
-        if longest > _LONGEST_NAME or len(tree.encode()) > _LONGEST_PATH:
-            raise ConfigError(
-                f"config key {key} is {shown(tree)}, which is too long: {len(tree.encode())} bytes, of which one name "
-                f"has {longest}; a path has at most {_LONGEST_PATH}, and each name in it {_LONGEST_NAME}"
-            )
+    is_path = isinstance(tree, str) and key.endswith(_PATHS) and not is_address(tree)
+    if is_path and (excess := too_long_a_path(tree)) is not None:
+        raise ConfigError(f"config key {key} is {shown(tree)}, which is too long: {excess}")
     return tree
 
 

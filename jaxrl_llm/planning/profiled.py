@@ -80,28 +80,34 @@ def _executions(trace: Any) -> Iterator[tuple[tuple[str, str], float]]:
                     yield (str(facts.get("hlo_module", "")), str(facts["hlo_op"])), event.duration_ns / 1e9
 
 
-def ceilings(dtype: str = "float32", *, size: int = 1024, repeats: int = 5) -> dict[str, float]:
+def ceilings(dtype: str = "float32", *, size: int = 1024, length: int = 1 << 25, repeats: int = 5) -> dict[str, float]:
     """Measured maxima of this machine: operations per second of a product, bytes per second of a sum.
 
     Args:
       dtype: of the product.
-      size: rows and columns of its factors.
+      size: rows and columns of its factors, which are random: some devices multiply constants faster.
+      length: float32 numbers of the sum, each of which is read and written.
       repeats: number of repetitions, of which the fastest counts.
     """
-    # In place, since a new array would need new memory pages each time.
-    product, added = (jax.jit(f, donate_argnums=0) for f in (lambda x: x @ x / size, lambda x: x + 1.0))
+    passes = 10  # in one program, so that the time of a call does not count
+
+    def product(x: Any) -> Any:
+        return jax.lax.fori_loop(0, passes, lambda _, y: (y @ x) * jnp.asarray(size**-0.5, x.dtype), x)
+
+    def added(x: Any) -> Any:
+        return jax.lax.fori_loop(0, passes, lambda _, y: y + 1.0, x)
 
     def fastest(function: Any, value: Any) -> float:
-        times = []
+        call, times = jax.jit(function), []
         for _ in range(repeats + 1):  # the first compiles
             begun = time.perf_counter()
-            value = function(value).block_until_ready()
+            call(value).block_until_ready()
             times.append(time.perf_counter() - begun)
-        return min(times)
+        return min(times) / passes
 
-    length = 1 << 25
+    factor = jax.random.normal(jax.random.key(0), (size, size), jnp.dtype(dtype))
     moved = 2 * 4 * length / fastest(added, jnp.ones((length,), jnp.float32))
-    return {"flops": 2 * size**3 / fastest(product, jnp.ones((size, size), dtype)), "bytes": moved}
+    return {"flops": 2 * size**3 / fastest(product, factor), "bytes": moved}
 
 
 def profile(built: Parts, directory: Path, steps: int) -> dict[str, Any]:

@@ -296,6 +296,8 @@ def _not_a_step(value: Any) -> str | None:
         known = isinstance(number, (int, float, np.integer, np.floating, np.bool_))
         if not known or not np.isfinite(float(number)):
             return f"returned the {name} {number!r}, not a finite number"
+        if name == "duration" and number < 0:
+            return f"returned the duration {number!r}, which is below 0"
     return None if isinstance(done, (bool, np.bool_)) else f"returned done as {done!r}, not True or False"
 
 

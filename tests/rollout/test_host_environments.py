@@ -50,6 +50,7 @@ def step(state, text):
         "lambda": (lambda: 0, "", 0.0, False),
         "slow": (state, "", 0.5, False, 2.5),
         "never": (state, "", 0.5, False, float("inf")),
+        "before": (state, "", 0.5, False, -1.0),
     }
     for word, returned in strange.items():
         if word in text:
@@ -112,6 +113,7 @@ def test_episodes_stop_for_the_same_reasons_as_inside_the_program():
         ("none", "step returned 'None', not"),
         ("nan", "returned the reward nan"),
         ("never", "returned the duration inf, not a finite number"),
+        ("before", "returned the duration -1.0, which is below 0"),
         ("bytes", "returned the observation b'' of type bytes"),
         ("late", "returned done as 'no'"),
     ],
