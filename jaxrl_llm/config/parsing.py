@@ -175,8 +175,7 @@ def _copied(tree: Any, key: str = "", level: int = 0) -> Any:
         raise ConfigError(f"config key {key} is {shown(tree, 60)}, which is beyond 64 bits; give a smaller number")
     if isinstance(tree, str) and ("\0" in tree or any("\ud800" <= character <= "\udfff" for character in tree)):
         raise ConfigError(f"config key {key} is {shown(tree)}, with invalid characters; remove them")
-    is_path = isinstance(tree, str) and key.endswith(_PATHS) and not is_address(tree)
-    if is_path and (excess := too_long_a_path(tree)) is not None:
+    if isinstance(tree, str) and key.endswith(_PATHS) and not is_address(tree) and (excess := too_long_a_path(tree)):
         raise ConfigError(f"config key {key} is {shown(tree)}, which is too long: {excess}")
     return tree
 
