@@ -83,8 +83,8 @@ def experts(mesh, product: str) -> dict[str, np.ndarray]:
     arrays = {name: jnp.asarray(rng.standard_normal(shape), jnp.float32) for name, shape in shapes.items()}
 
     def value(arrays):
-        x, router, *_ = arrays.values()
-        matrices = {name: arrays[name] for name in [*shapes][2:]}
+        matrices = dict(arrays)
+        x, router = matrices.pop("x"), matrices.pop("router")
         gated = lambda gate, up: jax.nn.silu(gate) * up  # noqa: E731
         found = expert_mlp(
             x, route(x, router, ExpertsConfig(count, 2)), gated=gated, ragged=product == "ragged", **matrices
