@@ -456,7 +456,7 @@ def test_both_go_on_from_their_hosts_or_neither_does(alone, configs, tmp_path, r
         shutil.rmtree(next((tmp_path / "local").glob("*/process-1")))
     with launched(train(2, "--resume", directory), tmp_path / "more", share(2)) as run:
         run.succeeded()
-        told = "going on from the local checkpoint of step" in " ".join(run.said()[0].split())
+        told = "resuming from the local checkpoint of step" in " ".join(run.said()[0].split())
     assert told != replaced
     # One process and two round the last digit of an entropy apart now and then: completions and rewards are compared.
     names = ("step", "completion", "reward")
