@@ -33,7 +33,7 @@ def geometric_mixture(first: Model, second: Model, *, share: float) -> Model:
     Certainty: verified
     """
     if not 0 <= share <= 1:
-        raise ValueError(f"share is {share}; it must be in [0, 1]")
+        raise ValueError(f"share is {share}; it must lie in [0, 1]")
     if first.vocabulary_size != second.vocabulary_size:
         raise ValueError(
             f"models of a mixture must have the same vocabulary, but they have {first.vocabulary_size} and "

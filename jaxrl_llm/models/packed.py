@@ -232,7 +232,7 @@ class OneOfMany:
         return self.tensor.read((slice(self.expert, self.expert + 1), rows, slice(*columns)))[0]
 
 
-def with_experts_apart(stored: Mapping[str, Any]) -> dict[str, Any]:
+def with_split_experts(stored: Mapping[str, Any]) -> dict[str, Any]:
     """Stored tensors, with each tensor of all experts (gate above up) split into matrices of experts."""
     apart: dict[str, Any] = {}
     for name, tensor in stored.items():
