@@ -540,7 +540,7 @@ def test_processes_of_which_some_share_a_disk_are_refused(configs, tmp_path):
             marks=pytest.mark.fault(
                 "address",
                 "a function of the user's fails on a process that shares no disk",
-                "its traceback is at the address, in `host/N/NAME.log` of process N",
+                "its traceback is at the address, in `host/N/logs/NAME.log` of process N",
             ),
         ),
     ],
@@ -558,8 +558,8 @@ def test_a_reward_that_fails_on_one_process_ends_all_with_the_state_saved(config
         for text in run.said():
             assert "process 1: reward 'vowel_share' raised RuntimeError: the judge is out of office" in text
             assert "The state before step 1 is saved" in text
-            assert f"its traceback and output are in {place}/host/1/vowel_share.log" in text
-    assert "the judge is out of office" in (directory / "host" / "1" / "vowel_share.log").read_text()
+            assert f"its traceback and output are in {place}/host/1/logs/vowel_share.log" in text
+    assert "the judge is out of office" in (directory / "host" / "1" / "logs" / "vowel_share.log").read_text()
     assert [path.name for path in (directory / "checkpoints").iterdir()] == [str(WARM)]
 
 
