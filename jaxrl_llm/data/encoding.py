@@ -106,7 +106,7 @@ def encoded_rows(
         if excess and overlong == "error":
             raise ValueError(
                 f"item {item['item_id']} ({item['body'][:80]!r}) does not fit: {' and '.join(excess)}; raise the "
-                "limit, or set overlong to 'drop' to leave such items out"
+                "limit, or set overlong to 'drop' to drop such items"
             )
         dropped += bool(excess)
         longest = [max(length, len(tokens)) for length, tokens in zip(longest, row[1:], strict=True)]
@@ -144,7 +144,7 @@ def _require_id(item: Record, ids: set[int]) -> None:
 
 
 def padded_arrays(rows: Sequence[Row], pad_id: int, limits: tuple[int, int]) -> dict[str, np.ndarray]:
-    """The fields of `Prompts` as int32 arrays; the rows' completions stand in the answer's place."""
+    """The fields of `Prompts` as int32 arrays; the completions of the rows are the answers."""
     tokens = np.full((len(rows), limits[0]), pad_id, np.int32)
     answers = np.full((len(rows), limits[1]), pad_id, np.int32)
     for index, row in enumerate(rows):
