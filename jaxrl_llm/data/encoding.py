@@ -147,7 +147,7 @@ def _require_id(item: Record, ids: set[int]) -> None:
 
 
 def padded_arrays(rows: Sequence[Row], pad_id: int, limits: tuple[int, int]) -> dict[str, np.ndarray]:
-    """The fields of `Prompts` as int32 arrays; the rows' completions stand in the answer's place."""
+    """The fields of `Prompts` as int32 arrays; the completions of the rows are the answers."""
     tokens = np.full((len(rows), limits[0]), pad_id, np.int32)
     answers = np.full((len(rows), limits[1]), pad_id, np.int32)
     for index, row in enumerate(rows):

@@ -17,7 +17,7 @@ from jaxrl_llm.data.judged_rows import READERS, Asked, Judged, Kind, Tie, named
 from jaxrl_llm.data.order import Batches, shuffled_batches
 from jaxrl_llm.data.row_files import row_objects
 
-# Names that rows of each kind know, see `jaxrl_llm.fields`; `margin` is known where a row of the file has one.
+# Fields that rows of each kind provide, see `jaxrl_llm.fields`; `margin` only if a row of the file has one.
 PROVIDES: Mapping[str, frozenset[str]] = {
     "pairs": frozenset({"preferred"}),
     "rankings": frozenset({"rank"}),
@@ -34,7 +34,7 @@ class JudgedFile(NamedTuple):
     Attributes:
       groups: completions of one prompt each.
       digest: hash of the file.
-      dropped: rows that were left out, by reason.
+      dropped: number of dropped rows, by reason.
     """
 
     groups: list[list[Judged]]
@@ -63,7 +63,7 @@ def judged_groups(
 ) -> JudgedFile:
     """The groups of a data set, one per row. See `row_files` for the file formats.
 
-        pairs      {"prompt": ..., "chosen": ..., "rejected": ...}, and "margin", "weight" where there are any
+        pairs      {"prompt": ..., "chosen": ..., "rejected": ...}, optionally "margin" and "weight"
         rankings   {"prompt": ..., "completions": [best, ..., worst]}
         ratings    {"prompt": ..., "completion": ..., "rating": 3.5}
         labels     {"prompt": ..., "completion": ..., "label": true}
@@ -73,13 +73,13 @@ def judged_groups(
     Args:
       path: of the data set.
       kind: of its rows.
-      columns: name above -> the column that holds it, or a template of several columns, if the file has other names.
+      columns: name above -> column of the file, or a template of several columns, if the file has other names.
       asked: options of ratings and verdicts.
-      unusable: "drop" leaves out, and counts, rows without a better completion: equal completions, and ties.
+      unusable: "drop" drops and counts rows without a better completion: equal completions and ties.
 
     Raises:
-      ValueError: for what cannot be read, or a row that cannot be used, by file and line; groups of different sizes;
-        labels that are all of one class.
+      ValueError: for a file that cannot be read, or a row that cannot be used (names file and line); groups of
+        different sizes; labels that are all of one class.
     """
     if kind not in READERS:
         raise ValueError(f"kind is {kind!r}; it must be one of {', '.join(READERS)}")
@@ -97,14 +97,15 @@ def judged_groups(
             continue
         groups.append([row._replace(where=where) for row in rows])
     if not groups:
-        raise ValueError(f"{path} has {len(objects)} rows, all of which were left out as {' and '.join(dropped)}")
+        raise ValueError(
+            f"{path} has {len(objects)} rows, which were all dropped ({' and '.join(dropped)}); add usable rows"
+        )
     if len(sizes := {len(group) for group in groups}) > 1:
-        raise ValueError(f"{path} has groups of {sorted(sizes)} completions; give each line equally many")
+        raise ValueError(f"{path} has groups of {sorted(sizes)} completions; give each line the same number")
     if kind == "labels" and len({row.values["preferred"] > 0.5 for (row,) in groups}) == 1:
         value = groups[0][0].values["preferred"]
         raise ValueError(
-            f"{path} has only labels like {value:g}; what is to be told apart must be there on both sides, so add rows "
-            "of the other kind"
+            f"{path} has only labels like {value:g}; training needs both classes, so add rows of the other class"
         )
     return JudgedFile(groups, digest, dropped)
 
@@ -127,10 +128,10 @@ def written_batches(
       groups: from `judged_groups`.
       kind: of the file.
       tokenizer: text -> ids.
-      groups_per_step: in a batch.
+      groups_per_step: groups in a batch.
       max_prompt_tokens, max_completion_tokens: widths; a longer row is an error, or is dropped with its group.
       seed: of the orders.
-      overlong: "error", or "drop" to leave groups out and count them.
+      overlong: "error", or "drop" to drop and count groups.
       flipped: share of the pairs whose label is inverted, drawn by seed and row number, for studies of label noise.
 
     Raises:
@@ -209,6 +210,6 @@ def encoded_completion(
     completion, ends, text = list(tokenizer.completion_ids(item, row.text)), [], ""
     for step, label in row.steps:
         text += step
-        # A step ends at the last token of the text up to its end.
+        # The last token of a step is the last token of the text up to the end of the step.
         ends.append((len(tokenizer.encode(text)), label))
     return prompt, completion, row.values, ends, number

@@ -1,4 +1,4 @@
-"""Rewards before anything is compiled: whether the data has what they read, and whether they can be called at all."""
+"""Checks of rewards before compilation: the data has the columns that they read, and each can be called."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _READ_ANSWERS = frozenset(name for name in (*TEXT, *FACTS) if name.startswith("a
 
 
 def answers_of(records: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether a split has reference answers: a user's file need not."""
+    """Whether a split has reference answers; they are optional in a user's file."""
     return len(records) > 0 and bool(records[0]["answer"])
 
 
 def require_answers(parts: Parts, sets: Mapping[str, Any]) -> None:
-    """Raises ValueError where something reads reference answers and the data has none."""
+    """Raises ValueError if a reward, fill or loss reads reference answers and the data has none."""
     c, own = parts.step.composition, parts.config.data
     if "train" not in sets or answers_of(sets["train"]):
         return
@@ -32,8 +32,8 @@ def require_answers(parts: Parts, sets: Mapping[str, Any]) -> None:
         for term in terms:
             if _READ_ANSWERS & required([term.function]):
                 raise ValueError(
-                    f"{kind} {term.name!r} reads the reference answer, but the lines of {own.path} have none; name "
-                    "their field in data.fields.answer, or use a reward that reads other columns"
+                    f"{kind} {term.name!r} reads the reference answer, but the lines of {own.path} have none; set "
+                    "data.fields.answer to its column, or use a reward that reads other columns"
                 )
 
 
@@ -57,12 +57,12 @@ def require_columns(parts: Parts, sets: Mapping[str, Any]) -> None:
 
 
 def try_rewards(parts: Parts, sets: Mapping[str, Any]) -> None:
-    """Call each reward that reads text on two rows: the first problem, with its reference completion as what was said.
+    """Call each reward that reads text on two rows: the first training problem with its reference completion.
 
-    A reward with a value on failure may fail, and is not tried.
+    A reward with `value_on_failure` is allowed to fail, so it is not called.
 
     Raises:
-      RewardError: as a step would, before one is compiled.
+      RewardError: if a reward fails.
     """
     terms = [t for t in parts.step.composition.rewards if t.on_host and t.value_on_failure is None]
     if not terms or "train" not in sets or parts.step.composition.rollout is None:
@@ -70,13 +70,13 @@ def try_rewards(parts: Parts, sets: Mapping[str, Any]) -> None:
     record, decode = sets["train"][0], parts.tokenizer.decode
     rows = _two_rows(trace(parts), parts.tokenizer.encode(record.get("response") or record["answer"]))
     context = Context([record], decode)
-    state: Any = SimpleNamespace(step=0)  # all that a reading sees of it
+    state: Any = SimpleNamespace(step=0)  # a reading uses only the step of the state
     outputs = {term.name: (f"reward/{term.name}",) for term in terms}
     read_values(terms, outputs, rows, None, state, context, np.arange(2), None, None)
 
 
 def _two_rows(shapes: Experience, completion: Sequence[int]) -> dict[str, np.ndarray]:
-    """The arrays of two rows that say this: what is not known before a step is zero."""
+    """The arrays of two rows with this completion; fields that only a step can fill are zero."""
     held = {name: np.zeros((2, *leaf.shape[1:]), leaf.dtype) for name, leaf in shapes.known().items()}
     said = list(completion)[: held["tokens"].shape[1]]
     held["tokens"][:, : len(said)] = said

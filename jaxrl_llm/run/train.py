@@ -44,7 +44,7 @@ from jaxrl_llm.run.overview import summary_of, units
 from jaxrl_llm.run.problems import data_sets, fingerprint_of, left_out, own_data
 from jaxrl_llm.run.prompt_choices import first_batch
 from jaxrl_llm.run.restored import require_branch
-from jaxrl_llm.run.resuming import clear_the_way, restored_state, step_to_go_on_from, with_local
+from jaxrl_llm.run.resuming import move_damaged, restored_state, resume_step, with_local
 from jaxrl_llm.run.rewards_tried import answers_of, require_answers, require_columns, try_rewards
 from jaxrl_llm.run.setup import Parts, opened_parts
 from jaxrl_llm.run.staged import staged
@@ -111,7 +111,7 @@ def train(
                 if exact or not resume or error.directory != folder:  # it is of the run that init_from names
                     raise
                 say(f"{error}; trying the one before it")
-                clear_the_way(config, error.step - 1, say, apart=mirror is not None and mirror.apart)
+                move_damaged(config, error.step - 1, say, apart=mirror is not None and mirror.apart)
             except Abandoned:  # between steps
                 raise Stopped(f"stopped; {interruption.way_on()}", interruption.number or 15) from None
             except KeyboardInterrupt:
@@ -152,7 +152,7 @@ def _train(
     newest, apart = None, shared["mirror"] is not None and shared["mirror"].apart
     if resume:
         asked = {"exact": exact, "first_saved": stages[0].first_saved, "apart": apart}
-        newest = step_to_go_on_from(config, **asked, say=_saying(console))
+        newest = resume_step(config, **asked, say=_saying(console))
     if newest is not None:
         require_shared(folder / str(newest))
         meta = checkpoints.read_meta(folder, newest)
@@ -186,7 +186,7 @@ def _train(
         if warning := long_warmup(stage.parts.config.training):
             _saying(console)(f"{stage.name}: {warning}")
     if resume:
-        clear_the_way(config, newest, _saying(console), apart=apart)
+        move_damaged(config, newest, _saying(console), apart=apart)
     opened = {"resume_step": first_step, "mirror": shared["mirror"], **logging}
     with (
         run_directory(config.directory, as_tree(config), **opened) as directory,
