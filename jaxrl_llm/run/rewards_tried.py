@@ -37,6 +37,12 @@ def require_answers(parts: Parts, sets: Mapping[str, Any]) -> None:
                 )
 
 
+def require_read(parts: Parts, sets: Mapping[str, Any]) -> None:
+    """Raises ValueError where the data lacks reference answers or columns that something reads."""
+    require_answers(parts, sets)
+    require_columns(parts, sets)
+
+
 def require_columns(parts: Parts, sets: Mapping[str, Any]) -> None:
     """Raises ValueError where a row of the user's file lacks a column that a reward or a fill requires."""
     c, own = parts.step.composition, parts.config.data
