@@ -219,8 +219,8 @@ def _require_same_data(config: Config, meta: dict[str, Any], fingerprint: Mappin
 
 
 def _require_traced(stages: Sequence[Stage]) -> None:
-    """Raise ValueError for sizes that cannot work, and for a stop condition or a best checkpoint by a metric that is not
-    measured."""
+    """Raise ValueError for sizes that cannot work, and for a stop condition or a best checkpoint by a metric that is
+    not measured."""
     for stage in stages:
         trace(stage.parts)
         config = stage.parts.config
