@@ -37,10 +37,11 @@ def require_answers(parts: Parts, sets: Mapping[str, Any]) -> None:
                 )
 
 
-def require_read(parts: Parts, sets: Mapping[str, Any]) -> None:
-    """Raises ValueError where the data lacks reference answers or columns that something reads."""
-    require_answers(parts, sets)
-    require_columns(parts, sets)
+def require_read(stages: Mapping[str, Parts], sets: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raise ValueError if the data of a stage lacks reference answers or columns that something reads."""
+    for name, parts in stages.items():
+        require_answers(parts, sets[name])
+        require_columns(parts, sets[name])
 
 
 def require_columns(parts: Parts, sets: Mapping[str, Any]) -> None:

@@ -164,8 +164,7 @@ def _train(
     local, newest, meta = with_local(config, mesh, newest, meta, _saying(console))
     data = data_sets(built.config) if built.config.has_problems else {}
     sets = {stage.name: own_data(stage, stages[-1], data) for stage in stages}
-    for stage in stages:
-        require_read(stage.parts, sets[stage.name])
+    require_read({stage.name: stage.parts for stage in stages}, sets)
     held_out = [data[split] for split in ("validation", "test") if split in data and answers_of(data[split])]
     grade = grader(built, *held_out) if held_out else None
     if grade is None and any(stage.stop_at_accuracy is not None for stage in stages):
