@@ -83,7 +83,7 @@ def number(text: str) -> str:
     return f"{factor}10^{{{int(exponent)}}}{percent}"
 
 
-def script(text: str) -> str:
+def subscript(text: str) -> str:
     if text in GREEK:
         return GREEK[text]
     return text if len(text) <= 2 or text.isdigit() else rf"\text{{{text}}}"

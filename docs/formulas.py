@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection
 
-from formula_items import Item, bare, escaped, joined, number, plain, script, typewriter, with_prose
+from formula_items import Item, bare, escaped, joined, number, plain, subscript, typewriter, with_prose
 from formula_tokens import (
     BRACKETS,
     CLOSING,
@@ -203,7 +203,7 @@ class _Reader:
             if head not in SCRIPTED and len(head) > 1 and len(scripts) > 1:
                 head, scripts = "_".join([head, *scripts[:-1]]), scripts[-1:]
             base = FUNCTIONS.get(head) or self._symbol(head)
-            script = ",".join(script(part) for part in scripts)
+            script = ",".join(subscript(part) for part in scripts)
             operator = head in FUNCTIONS or head in UPRIGHT
             return Item("prefix" if operator and not called else "atom", f"{base}_{{{script}}}", spaced)
         if scripts and not called:
