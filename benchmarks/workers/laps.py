@@ -28,8 +28,8 @@ def laps() -> Callable[..., dict[str, Any]]:
     """`lap(**facts) -> request`: answers the last request with facts and its seconds, and waits for the next.
 
     The answer also has the CPU seconds of all threads, which are more reliable than wall time on a shared machine. The
-    first lap reports that the worker is ready. When the pipe is closed, the process exits, also inside another project's
-    training loop.
+    first lap reports that the worker is ready. When the pipe is closed, the process exits, also inside another
+    project's training loop.
     """
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # output of libraries must not be mixed with answers
