@@ -238,6 +238,10 @@ def entry_of(entry: Any, where: str) -> tuple[str, dict[str, Any]]:
     if isinstance(entry, str):
         return entry, {}
     if isinstance(entry, Mapping) and "python" in entry:
+        if ":" not in str(entry["python"]):
+            module, _, function = str(entry["python"]).rpartition(".")
+            near = f"; did you mean {module}:{function}?" if module else ""
+            raise RecipeError(f"{where} names python: {shown(entry['python'])}; write it as module:function{near}")
         return str(entry["python"]), {key: value for key, value in entry.items() if key != "python"}
     if isinstance(entry, Mapping) and len(entry) == 1:
         ((name, hyper),) = entry.items()

@@ -13,7 +13,7 @@ from jaxrl_llm.fields import TEXT
 from jaxrl_llm.run.explain import trace
 from jaxrl_llm.run.setup import Parts
 from jaxrl_llm.signatures import required
-from jaxrl_llm.training.reading import Context, read_values
+from jaxrl_llm.training.reading import Context, columns_of, read_values
 
 _READ_ANSWERS = frozenset(name for name in (*TEXT, *FACTS) if name.startswith("answer"))
 
@@ -37,8 +37,34 @@ def require_answers(parts: Parts, sets: Mapping[str, Any]) -> None:
                 )
 
 
+def require_read(stages: Mapping[str, Parts], sets: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raise ValueError if the data of a stage lacks reference answers or columns that something reads."""
+    for name, parts in stages.items():
+        require_answers(parts, sets[name])
+        require_columns(parts, sets[name])
+
+
+def require_columns(parts: Parts, sets: Mapping[str, Any]) -> None:
+    """Raises ValueError where a row of the user's file lacks a column that a reward or a fill requires."""
+    c, own = parts.step.composition, parts.config.data
+    if "train" not in sets or own.path is None:
+        return
+    readings = [term for term in (*c.rewards, *c.credit) if term.on_host]
+    known = columns_of([sets["train"][0]]) | c.resources.columns
+    for term in readings:
+        for name in sorted(required([term.function]) & known):
+            lacking = [each for each in sets["train"] if name not in each and name not in (each.get("raw") or {})]
+            if lacking:
+                first = lacking[0]
+                raise ValueError(
+                    f"{term.name!r} reads the column {name!r}, which {len(lacking):,} of {len(sets['train']):,} "
+                    f"training rows of {own.path} lack, such as row {first['item_id'] + 1} ({first['body'][:60]!r}); "
+                    f"add it (null where there is no value), or leave such rows out: data.where='{name} is defined'"
+                )
+
+
 def try_rewards(parts: Parts, sets: Mapping[str, Any]) -> None:
-    """Call each reward that reads text on one row: the first training problem with its reference completion.
+    """Call each reward that reads text on two rows: the first training problem with its reference completion.
 
     A reward with `value_on_failure` is allowed to fail, so it is not called.
 
@@ -49,18 +75,18 @@ def try_rewards(parts: Parts, sets: Mapping[str, Any]) -> None:
     if not terms or "train" not in sets or parts.step.composition.rollout is None:
         return
     record, decode = sets["train"][0], parts.tokenizer.decode
-    rows = _one_row(trace(parts), parts.tokenizer.encode(record.get("response") or record["answer"]))
+    rows = _two_rows(trace(parts), parts.tokenizer.encode(record.get("response") or record["answer"]))
     context = Context([record], decode)
     state: Any = SimpleNamespace(step=0)  # a reading uses only the step of the state
     outputs = {term.name: (f"reward/{term.name}",) for term in terms}
-    read_values(terms, outputs, rows, None, state, context, np.arange(1), None, None)
+    read_values(terms, outputs, rows, None, state, context, np.arange(2), None, None)
 
 
-def _one_row(shapes: Experience, completion: Sequence[int]) -> dict[str, np.ndarray]:
-    """The arrays of one row with this completion; fields that only a step can fill are zero."""
-    held = {name: np.zeros((1, *leaf.shape[1:]), leaf.dtype) for name, leaf in shapes.known().items()}
+def _two_rows(shapes: Experience, completion: Sequence[int]) -> dict[str, np.ndarray]:
+    """The arrays of two rows with this completion; fields that only a step can fill are zero."""
+    held = {name: np.zeros((2, *leaf.shape[1:]), leaf.dtype) for name, leaf in shapes.known().items()}
     said = list(completion)[: held["tokens"].shape[1]]
-    held["tokens"][0, : len(said)] = said
-    held["mask"][0, : len(said)] = 1
+    held["tokens"][:, : len(said)] = said
+    held["mask"][:, : len(said)] = 1
     held["length"][:], held["weight"][:] = len(said), 1
     return held

@@ -43,7 +43,7 @@ from jaxrl_llm.run.configured import (
 )
 from jaxrl_llm.run.machine import Target, chosen_mesh
 from jaxrl_llm.run.optimizers import optimizer, skipping_non_finite
-from jaxrl_llm.run.problems import columns, data_sets
+from jaxrl_llm.run.problems import columns, data_sets, naming_unreadable_data
 from jaxrl_llm.run.recipes import credit_terms, entry_of, loss_terms, method, reward_terms, verdict_of
 from jaxrl_llm.run.sources import Feed
 from jaxrl_llm.terms import Reward, View
@@ -194,29 +194,32 @@ def parts(config: Config, target: Target | None = None, like: Parts | None = Non
         config.networks, b1, b2, snapshot=snapshot, context_tokens=_context_tokens(config)
     )
     require_tokens_of_policy(paths, tokenizer)
-    step = make_train_step(
-        model,
-        skipping_non_finite(optimizer(config.training, seed=config.seed)),
-        source=[*([sampled] if samples else []), *written],
-        rewards=rewards,
-        credit=credit,
-        losses=losses,
-        update=_update(config),
-        resources=Resources(
-            decode=tokenizer.decode,
-            encode=tokenizer.encode,
-            networks=networks,
-            critic=skipping_non_finite(head_optimizer(NetworkConfig(), b1, b2)),
-            views=views,
-            columns=columns(config),
-            sources=tuple(config.data.sources or config.data.templates),
-            diagnostics=config.reporting.diagnostics,
-            scripts=token_scripts(tokenizer.token_bytes()) if like is None else like.step.composition.resources.scripts,
-            placement=Placement(
-                mesh, changed_rules(config.mesh.rules), config.mesh.gather_for_rollout, frozenset(training.offload)
+    with naming_unreadable_data(config):
+        step = make_train_step(
+            model,
+            skipping_non_finite(optimizer(config.training, seed=config.seed)),
+            source=[*([sampled] if samples else []), *written],
+            rewards=rewards,
+            credit=credit,
+            losses=losses,
+            update=_update(config),
+            resources=Resources(
+                decode=tokenizer.decode,
+                encode=tokenizer.encode,
+                networks=networks,
+                critic=skipping_non_finite(head_optimizer(NetworkConfig(), b1, b2)),
+                views=views,
+                columns=columns(config),
+                sources=tuple(config.data.sources or config.data.templates),
+                diagnostics=config.reporting.diagnostics,
+                scripts=token_scripts(tokenizer.token_bytes())
+                if like is None
+                else like.step.composition.resources.scripts,
+                placement=Placement(
+                    mesh, changed_rules(config.mesh.rules), config.mesh.gather_for_rollout, frozenset(training.offload)
+                ),
             ),
-        ),
-    )
+        )
     return Parts(config, task, tokenizer, model, directory, step, reason, feeds, paths)
 
 
