@@ -74,7 +74,9 @@ def test_every_shipped_config_loads_and_composes(path, files, data_directory, mo
     monkeypatch.chdir(files)
     monkeypatch.setenv("XDG_CACHE_HOME", data_directory)
     few = ["task.train_items=512", "task.validation_items=64", "task.test_items=64"]
-    config = load_config(path, few if "train_items" in read_tree(path).get("task", {}) else [], vocabulary_size=VOCABULARY)
+    config = load_config(
+        path, few if "train_items" in read_tree(path).get("task", {}) else [], vocabulary_size=VOCABULARY
+    )
     for stage in staged(config):
         c, own = stage["parts"].step.composition, stage["parts"].config
         assert (len(c.rewards), len(c.losses)) == (len(own.rewards), len(own.losses))
