@@ -66,3 +66,7 @@ def test_hidden_units_of_experts_may_be_split(facts, product, layout):
     for name in names:
         ours, theirs = (facts[f"experts {product}, {which}|{name}"] for which in (layout, "one"))
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=2e-6 * np.abs(theirs).max(), err_msg=name)
+
+
+def test_one_token_after_the_other_is_served_by_split_experts(facts):
+    np.testing.assert_allclose(facts["decoded split|"], facts["decoded one|"], rtol=1e-5, atol=1e-5)
