@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import _thread
 import argparse
 import errno
 import importlib
 import logging
 import os
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from jaxrl_llm import __version__
@@ -39,6 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     if options.outlives_output:
         sys.stdout, sys.stderr = Lasting(sys.stdout), Lasting(sys.stderr)
+    before = sys.unraisablehook
+    sys.unraisablehook = partial(_interrupted_again, before)
     try:
         status, why = _status(options)
         _leave_others(status, why)
@@ -48,6 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         status = _CLOSED
     finally:
+        sys.unraisablehook = before
         sys.stdout, sys.stderr = unwrapped(sys.stdout), unwrapped(sys.stderr)
     if status == _CLOSED:  # else the interpreter prints an error when it flushes stdout at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -55,6 +61,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 _CLOSED = 141
+
+
+def _interrupted_again(before: Callable[[Any], Any], told: Any) -> None:
+    """Repeat a Ctrl-C whose exception was lost, because it was raised in a callback of the garbage collector."""
+    if isinstance(told.exc_value, KeyboardInterrupt):
+        threading.Timer(0.05, _thread.interrupt_main).start()  # outside of the callback
+    else:
+        before(told)
 
 
 def _status(options: argparse.Namespace) -> tuple[int, str | None]:
@@ -68,6 +82,8 @@ def _status(options: argparse.Namespace) -> tuple[int, str | None]:
     except BrokenPipeError:
         return _CLOSED, "the reader of the output closed the pipe"
     except BaseException as error:
+        if isinstance(error, SystemExit) and isinstance(error.__context__, BrokenPipeError):  # raised by rich
+            return _CLOSED, "the reader of the output closed the pipe"
         if (ended := _foreseen(error, options)) is not None:
             return ended
         if _others() is None or isinstance(error, SystemExit):
@@ -115,8 +131,11 @@ def _failed(error: BaseException, options: argparse.Namespace, status: int) -> t
         if _others() is None:
             raise error
         traceback.print_exception(error)
-    print(f"error: {shortened(str(error), 4000)}", file=sys.stderr)
-    return status, str(error)
+    text = shortened(str(error), 4000)
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        text = f"{shortened(str(error.filename), 200)} cannot be used: {error.strerror}"
+    print(f"error: {text}", file=sys.stderr)
+    return status, text
 
 
 def _others():
