@@ -129,13 +129,16 @@ class Parts:
         return {"tokenizer": self.tokenizer.fingerprint, "model": hashlib.sha256(described.encode()).hexdigest()}
 
 
-def parts(config: Config, target: Target | None = None, like: Parts | None = None) -> Parts:
+def parts(
+    config: Config, target: Target | None = None, like: Parts | None = None, *, later: bool = False
+) -> Parts:
     """Build and check everything that needs no data.
 
     Args:
       config: of a run, or of one of its stages.
       target: a machine that is planned for: of a checkpoint, its config.json is enough then.
       like: another stage, whose tokenizer, model and devices this one has.
+      later: whether it is a stage behind another one, so that adapters are trained where it begins.
 
     Raises:
       ValueError: for an unknown task or method, a name that nothing provides, or sizes that do not divide.
@@ -187,7 +190,7 @@ def parts(config: Config, target: Target | None = None, like: Parts | None = Non
         _require_own_ids([(term.name, term.function) for term in (*rewards, *credit, *losses, *views.values())])
     b1, b2 = training.adam_b1, training.adam_b2
     # Adapters that a stage or a run before this one has trained are part of where it begins.
-    snapshot = config.lora is not None and (config.warm_start.steps > 0 or config.init_from is not None)
+    snapshot = config.lora is not None and (later or config.warm_start.steps > 0 or config.init_from is not None)
     networks, paths = configured_networks(
         config.networks, b1, b2, snapshot=snapshot, context_tokens=_context_tokens(config)
     )
