@@ -24,8 +24,9 @@ from jaxrl_llm.config import (
     placement_tree,
     read_tree,
 )
-from jaxrl_llm.config.parsing import _assign
+from jaxrl_llm.config.parsing import ROW_KINDS, _assign
 from jaxrl_llm.data import CharacterTokenizer
+from jaxrl_llm.data.judged_rows import READERS
 from jaxrl_llm.experience import Loss
 from jaxrl_llm.models import TransformerConfig, save_model, transformer
 from jaxrl_llm.run.checkpoints import config_hash
@@ -576,3 +577,14 @@ def test_a_run_lies_where_it_says_or_under_its_name(parsed):
 def test_a_config_that_cannot_be_composed_is_refused(parsed, override, message):
     with pytest.raises(ValueError, match=message):
         parts(parsed(override))
+
+
+def test_data_path_is_the_file_of_judged_rows_without_one():
+    tree = {"name": "rows", "model": {}, "source": {"pairs": {"groups_per_step": 2}}, "data": {"path": "a.jsonl"}}
+    found = parse_config(tree, vocabulary_size=VOCABULARY)
+    assert (found.source, found.data.path) == (({"pairs": {"groups_per_step": 2, "file": "a.jsonl"}},), None)
+    assert not found.has_problems
+    tree["source"]["pairs"]["file"] = "b.jsonl"
+    found = parse_config(tree, vocabulary_size=VOCABULARY)  # then it holds the problems
+    assert (found.source[0]["pairs"]["file"], found.data.path) == ("b.jsonl", "a.jsonl")
+    assert tuple(READERS) == ROW_KINDS

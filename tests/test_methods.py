@@ -107,19 +107,21 @@ METHODS = {
     "Reinforce-Ada": ("reinforce_ada",),
     "Knapsack RL": ("knapsack_rl",),
     "SCoRe": ("score",),
-    "DPO": ("dpo", "dpo_norm", "r_dpo", "ld_dpo"),
+    "DPO": ("dpo", "dpo_norm", "r_dpo", "ld_dpo", "wpo"),
+    "Token-level DPO": ("tdpo", "tgdpo"),
     "Noisy pairs": ("cdpo", "robust_dpo"),
     "Links": ("slic_hinge", "ipo", "exo", "discopop", "f_dpo", "aot"),
-    "Anchored": ("nca", "apo_zero"),
+    "Anchored": ("nca", "apo_zero", "apo_down", "bco_pair"),
     "Likelihood beside": ("rpo", "vpo", "mpo"),
     "No reference": ("simpo", "alphapo", "cpo", "orpo"),
     "KTO": ("kto", "bco"),
     "Fresh pairs": ("online_dpo", "iterative_dpo", "tr_dpo", "rso"),
     "Reward models": ("outcome_reward_model", "helpsteer_regression", "plackett_luce", "multi_attribute"),
+    "Reward models from pairs": ("helpsteer_preference", "polar", "rewarddance", "pairwise_rl"),
     "Weak-to-strong": ("weak_to_strong",),
     "Two answers at once": ("pit_gap_model", "pit_improver", "pit", "goal_conditioned"),
     "RL against reward models": ("cooper", "unpacked_ppo", "rto"),
-    "Self-play": ("sppo", "inpo", "dno"),
+    "Self-play": ("sppo", "inpo", "dno", "spin"),
     "Opponents": ("nash_md", "xpo", "online_vpo"),
     "PRefLexOR": ("preflexor",),
     "Scored text": ("phf_conditional", "phf_unlikelihood", "phf_awr"),
@@ -252,7 +254,10 @@ UNSOLVED = {"sorting", "function_calls", "two_chains"}
 
 # What somebody wrote and judged: the lines of a file, by the kind of the source.
 JUDGED: dict[str, Any] = {
-    "pairs": lambda one, other: {"chosen": str(one + other), "rejected": str(one)},
+    "pairs": lambda one, other: (
+        {"chosen": str(one + other), "rejected": str(one)} | {"margin": other, "reference": str(one + other)}
+    ),
+    "verdicts": lambda one, other: {"first": str(one + other), "second": str(one), "better": "first"},
     "labels": lambda one, other: {"completion": str(one + other % 2), "label": other < 2},
     "steps": lambda one, other: {"steps": [f"{one};", str(one + other % 2)], "labels": [1, int(other < 2)]},
     "rankings": lambda one, other: {"completions": [str(one + other), str(one + other + 1), str(one)]},

@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from jaxrl_llm.bounds import shown
 from jaxrl_llm.data.encoding import Tokenizer
 from jaxrl_llm.data.judged_rows import READERS, Asked, Judged, Kind, Tie, named
 from jaxrl_llm.data.order import Batches, shuffled_batches
@@ -64,7 +65,8 @@ def judged_groups(
     """The groups of a data set, one per row. See `row_files` for the file formats.
 
         pairs      {"prompt": ..., "chosen": ..., "rejected": ...}, and "margin", "weight" where there are any
-        rankings   {"prompt": ..., "completions": [best, ..., worst]}
+        rankings   {"prompt": ..., "completions": [best, ..., worst]}, or in any order with "ranks": [0, 2, 1, ...], 0
+                   for the best and equal for ties
         ratings    {"prompt": ..., "completion": ..., "rating": 3.5}
         labels     {"prompt": ..., "completion": ..., "label": true}
         steps      {"prompt": ..., "steps": ["...", "..."], "labels": [1, 0]}
@@ -77,8 +79,10 @@ def judged_groups(
       asked: options of ratings and verdicts.
       unusable: "drop" leaves out, and counts, rows without a better completion: equal completions, and ties.
 
+    Rankings of different lengths get absent rows, of weight 0.
+
     Raises:
-      ValueError: for what cannot be read, or a row that cannot be used, by file and line; groups of different sizes;
+      ValueError: for what cannot be read, or a row that cannot be used, by file and line; an attribute that no row has;
         labels that are all of one class.
     """
     if kind not in READERS:
@@ -98,15 +102,32 @@ def judged_groups(
         groups.append([row._replace(where=where) for row in rows])
     if not groups:
         raise ValueError(f"{path} has {len(objects)} rows, all of which were left out as {' and '.join(dropped)}")
-    if len(sizes := {len(group) for group in groups}) > 1:
-        raise ValueError(f"{path} has groups of {sorted(sizes)} completions; give each line equally many")
-    if kind == "labels" and len({row.values["preferred"] > 0.5 for (row,) in groups}) == 1:
-        value = groups[0][0].values["preferred"]
-        raise ValueError(
-            f"{path} has only labels like {value:g}; what is to be told apart must be there on both sides, so add rows "
-            "of the other kind"
-        )
+    most = max(map(len, groups))
+    nothing = Judged("", "", {"rank": -1.0, "weight": 0.0})
+    groups = [
+        [*group, *[nothing._replace(prompt=group[0].prompt, where=group[0].where)] * (most - len(group))]
+        for group in groups
+    ]
+    for place, name in enumerate((asked or Asked()).attributes):
+        if all(np.isnan(group[0].values["rating"][place]) for group in groups):
+            raise ValueError(
+                f"no row of {path} has the rating {name!r}; its columns are {shown(sorted(objects[0][1]))}"
+            )
+    _require_both_classes(path, kind, groups)
     return JudgedFile(groups, digest, dropped)
+
+
+def _require_both_classes(path: str | Path, kind: Kind, groups: Sequence[Sequence[Judged]]) -> None:
+    """Raises ValueError for labels, of rows or of steps, that are all on one side."""
+    labels = [row.values["preferred"] for (row,) in groups] if kind == "labels" else []
+    labels += [label for (row, *_) in groups for _, label in row.steps if label == label]
+    if kind == "steps" and not labels:
+        raise ValueError(f"{path} has no step with a label; give some of them")
+    if labels and len({label > 0.5 for label in labels}) == 1:
+        raise ValueError(
+            f"{path} has only labels like {labels[0]:g}; what is to be told apart must be there on both sides, so add "
+            "rows of the other kind"
+        )
 
 
 def written_batches(

@@ -64,6 +64,7 @@ from jaxrl_llm.losses.preference.single_answers import (
     running_shift,
     sample_log_ratio,
 )
+from jaxrl_llm.losses.preference.token_divergence import sequential_divergence_preference
 from jaxrl_llm.losses.ratio import log_ratio, on_mask, pessimistic_surrogate, token_share
 from jaxrl_llm.losses.regularisers.entropy import entropy_bonus
 from jaxrl_llm.losses.regularisers.entropy_history import entropy_history, entropy_history_penalty
@@ -191,6 +192,7 @@ __all__ = [
     "score_spread",
     "sentence_contrast",
     "sequence_clipped_surrogate",
+    "sequential_divergence_preference",
     "several_values",
     "simpo",
     "skewed_divergence",

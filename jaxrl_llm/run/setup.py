@@ -129,9 +129,7 @@ class Parts:
         return {"tokenizer": self.tokenizer.fingerprint, "model": hashlib.sha256(described.encode()).hexdigest()}
 
 
-def parts(
-    config: Config, target: Target | None = None, like: Parts | None = None, *, later: bool = False
-) -> Parts:
+def parts(config: Config, target: Target | None = None, like: Parts | None = None, *, later: bool = False) -> Parts:
     """Build and check everything that needs no data.
 
     Args:

@@ -165,7 +165,7 @@ def _check_multiple(name: str, count: int, group: int, key: str = "sequences_per
 
 def _judged(
     kind: Kind,
-    file: str,
+    file: str | None,
     columns: Mapping[str, str] | None,
     groups_per_step: int,
     beside: bool,
@@ -175,6 +175,8 @@ def _judged(
     flipped: float = 0.0,
     **asked: Any,
 ) -> Feed:
+    if file is None:
+        raise ValueError(f"source.{kind}.file is missing; name the data set there, or in data.path")
     groups, digest, dropped = judged_groups(file, kind, columns, asked=Asked(**asked), unusable=unusable)
     per_group = len(groups[0])
     count, samples = groups_per_step * per_group, sizes["samples_per_prompt"]
@@ -229,7 +231,6 @@ def _of_kind(kind: Kind, own: Callable[..., dict[str, Any]]) -> Callable[..., Fe
 
     def every(
         *,
-        file: str,
         groups_per_step: int,
         samples_per_prompt: int,
         beside: bool,
@@ -238,6 +239,7 @@ def _of_kind(kind: Kind, own: Callable[..., dict[str, Any]]) -> Callable[..., Fe
         max_completion_tokens: int,
         seed: int,
         overlong_prompts: str,
+        file: str | None = None,
         columns: dict[str, str] | None = None,
     ) -> None: ...
 
@@ -287,9 +289,14 @@ def _of_ratings(
     return {"attributes": tuple(attributes), "lowest": lowest, "highest": highest}
 
 
-def _of_labels() -> dict[str, Any]:
-    """A label is true or false, or a share between."""
-    return {}
+@ranged
+def _of_labels(*, flipped: Annotated[float, Range(0, 1)] = 0.0) -> dict[str, Any]:
+    """A label is true or false, or a share between.
+
+    Args:
+      flipped: share of labels that are turned round, by the seed of the run: a study of noisy labels.
+    """
+    return {"flipped": flipped}
 
 
 def _of_steps() -> dict[str, Any]:
@@ -297,9 +304,12 @@ def _of_steps() -> dict[str, Any]:
     return {}
 
 
-def _of_verdicts(*, question: str = QUESTION, verdict: str = VERDICT, both_orders: bool = False) -> dict[str, Any]:
+def _of_verdicts(
+    *, question: str = QUESTION, verdict: str = VERDICT, both_orders: bool = False, unusable: Unusable = "error"
+) -> dict[str, Any]:
     """
     Args:
+      unusable: "drop" leaves out, and counts, ties and equal answers; else they are errors.
       question: format of the prompt, with {prompt}, {first} and {second}.
       verdict: format of what the judge learns to write, with {rationale} and {verdict}, which is A or B.
       both_orders: each becomes two rows, with the answers in either order; rationales must not name A and B then.
@@ -310,7 +320,7 @@ def _of_verdicts(*, question: str = QUESTION, verdict: str = VERDICT, both_order
     ):
         if lacks := [place for place in places if f"{{{place}}}" not in text]:
             raise ValueError(f"source.verdicts.{name} is {text!r}, without {{{lacks[0]}}}; put it where it goes")
-    return {"question": question, "verdict": verdict, "both_orders": both_orders}
+    return {"question": question, "verdict": verdict, "both_orders": both_orders, "unusable": unusable}
 
 
 pairs, rankings, ratings = (

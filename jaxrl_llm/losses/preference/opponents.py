@@ -23,7 +23,7 @@ def exploratory_preference(
     reference_opponent_logprobs: Float[Array, "B T"],
     mask: Float[Array, "B T"],
     opponent_mask: Float[Array, "B T"],
-    win_share: Float[Array, "B"],
+    win_share: Float[Array, "B"] | None = None,
     *,
     beta: Positive = 0.1,
     alpha: NonNegative = 1e-5,
@@ -42,7 +42,8 @@ def exploratory_preference(
       opponent_logprobs, reference_opponent_logprobs: of the reference's sample.
       mask: 0 on tokens that do not count, the row's weight on those that do.
       opponent_mask: 1 on tokens of the opponent.
-      win_share: P, probability that a judge prefers the policy's sample; 1 or 0 are hard labels.
+      win_share: P, probability that a judge prefers the row to its opponent; 1 or 0 are hard labels. None is 1: with
+        demonstrations as rows, the last policy as opponent and alpha 0, it is SPIN.
       beta: units of reward per nat.
       alpha: strength of exploration.
 
@@ -53,17 +54,18 @@ def exploratory_preference(
     Raises:
       ValueError: for a beta that is not positive, or a negative alpha.
 
-    Reference: XPO (2405.21046); online VPO (2405.19320).
+    Reference: XPO (2405.21046); online VPO (2405.19320); SPIN (2401.01335).
     Certainty: verified
     """
-    chex.assert_rank([logprobs, reference_logprobs, mask, win_share], [2, 2, 2, 1])
+    chex.assert_rank([logprobs, reference_logprobs, mask], 2)
     chex.assert_equal_shape([opponent_logprobs, reference_opponent_logprobs, opponent_mask])
     weights = jnp.where((opponent_mask > 0).any(-1), row_weight(mask.astype(jnp.float32)), 0.0)
     rho = (on_mask(logprobs, mask) - jax.lax.stop_gradient(on_mask(reference_logprobs, mask))).sum(-1)
     left = on_mask(opponent_logprobs, opponent_mask)
     fixed = jax.lax.stop_gradient(on_mask(reference_opponent_logprobs, opponent_mask))
     z = beta * (rho - (left - fixed).sum(-1))
-    won = jnp.where(weights > 0, win_share.astype(jnp.float32), 0.5)
+    share = jnp.ones_like(weights) if win_share is None else win_share.astype(jnp.float32)
+    won = jnp.where(weights > 0, share, 0.5)
     loss = -won * jax.nn.log_sigmoid(z) - (1 - won) * jax.nn.log_sigmoid(-z) + alpha * left.sum(-1)
     count, margin = weights.sum(), jnp.where(won > 0.5, z, -z)
     metrics = {"win_share": ((weights * won).sum(), count), "margin": ((weights * margin).sum(), count)}
