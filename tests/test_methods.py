@@ -124,7 +124,7 @@ METHODS = {
     "Self-play": ("sppo", "inpo", "dno", "spin"),
     "Opponents": ("nash_md", "xpo", "online_vpo"),
     "PRefLexOR": ("preflexor",),
-    "Scored text": ("phf_conditional", "phf_unlikelihood", "phf_awr"),
+    "Scored text": ("phf_conditional", "phf_filter", "phf_unlikelihood", "phf_rwr", "phf_awr"),
     "Judges of their own": ("spark", "urpo"),
     "KEPO": ("kepo",),
     "Dynamic reward weighting": ("drw_hypervolume",),

@@ -17,6 +17,7 @@ import numpy as np
 
 from jaxrl_llm.bounds import shown
 from jaxrl_llm.data.row_templates import column_value
+from jaxrl_llm.data.stored_reference import StoredReference
 
 Kind = Literal["pairs", "rankings", "ratings", "labels", "steps", "verdicts"]
 Prompt = str | tuple[Mapping[str, Any], ...]
@@ -48,6 +49,7 @@ class Judged(NamedTuple):
       values: names of fields that rows of its kind know -> a number, or several.
       steps: texts of its steps with the label of each; empty for other kinds.
       where: its file and line.
+      reference: log-probabilities of its tokens under a reference, where the file holds them.
     """
 
     prompt: Prompt
@@ -55,6 +57,7 @@ class Judged(NamedTuple):
     values: Mapping[str, Any] = {}
     steps: tuple[tuple[str, float], ...] = ()
     where: str = ""
+    reference: StoredReference | None = None
 
 
 class Tie(ValueError):

@@ -17,6 +17,8 @@ from jaxrl_llm.data.encoding import Tokenizer
 from jaxrl_llm.data.judged_rows import READERS, Asked, Judged, Kind, Tie, named
 from jaxrl_llm.data.order import Batches, shuffled_batches
 from jaxrl_llm.data.row_files import row_objects
+from jaxrl_llm.data.stored_reference import NAME as STORED
+from jaxrl_llm.data.stored_reference import reference_row, stored_references
 
 # Names that rows of each kind know, see `jaxrl_llm.fields`; `margin` is known where a row of the file has one.
 PROVIDES: Mapping[str, frozenset[str]] = {
@@ -72,6 +74,8 @@ def judged_groups(
         steps      {"prompt": ..., "steps": ["...", "..."], "labels": [1, 0]}
         verdicts   {"prompt": ..., "first": ..., "second": ..., "better": "first", "rationale": ...}
 
+    Rows may hold the log-probabilities of a reference, see `data.stored_reference`.
+
     Args:
       path: of the data set.
       kind: of its rows.
@@ -99,7 +103,8 @@ def judged_groups(
                 raise
             dropped["ties" if "a tie" in str(error) else "equal completions"] += 1
             continue
-        groups.append([row._replace(where=where) for row in rows])
+        said = stored_references(record, len(rows), where) or [None] * len(rows)
+        groups.append([row._replace(where=where, reference=one) for row, one in zip(rows, said, strict=True)])
     if not groups:
         raise ValueError(f"{path} has {len(objects)} rows, all of which were left out as {' and '.join(dropped)}")
     most = max(map(len, groups))
@@ -114,6 +119,8 @@ def judged_groups(
                 f"no row of {path} has the rating {name!r}; its columns are {shown(sorted(objects[0][1]))}"
             )
     _require_both_classes(path, kind, groups)
+    if len({row.reference is None for group in groups for row in group if row.values.get("weight") != 0}) > 1:
+        raise ValueError(f"{path} has {STORED} in some rows only; give all rows the column, or none")
     return JudgedFile(groups, digest, dropped)
 
 
@@ -163,7 +170,7 @@ def written_batches(
         rows = [encoded_completion(_flipped(row) if wrong[number] else row, number, tokenizer) for row in group]
         longest = max(len(row[0]) for row in rows), max(len(row[1]) for row in rows)
         if longest[0] <= max_prompt_tokens and longest[1] <= max_completion_tokens:
-            kept.append(rows)
+            kept.append([_with_reference(*both, max_completion_tokens) for both in zip(group, rows, strict=True)])
         elif overlong == "drop":
             dropped += 1
         else:
@@ -172,7 +179,7 @@ def written_batches(
                 f"limits are {max_prompt_tokens} and {max_completion_tokens}; raise them, or set data.overlong_prompts "
                 "to drop"
             )
-    known = {name: np.shape(value) for group in groups for row in group for name, value in row.values.items()}
+    known = {name: np.shape(value) for group in kept for row in group for name, value in row[2].items()}
 
     def batch(chosen: Sequence[Any]) -> WrittenBatch:
         rows = [row for group in chosen for row in group]
@@ -206,6 +213,15 @@ def written_batches(
 
 # Neutral values of a row without the column: a margin of 0, a weight of 1.
 _ABSENT = {"margin": 0.0, "weight": 1.0}
+
+
+def _with_reference(row: Judged, encoded: Any, width: int) -> Any:
+    """An encoded row with the log-probabilities that the file holds of it."""
+    if row.reference is None:
+        return encoded
+    prompt, completion, values, *rest = encoded
+    said = reference_row(row.reference, prompt, completion, width, row.where)
+    return prompt, completion, {**values, STORED: said}, *rest
 
 
 def _flipped(row: Judged) -> Judged:

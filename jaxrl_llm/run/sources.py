@@ -20,6 +20,7 @@ import jax.numpy as jnp
 
 from jaxrl_llm.data import Tokenizer
 from jaxrl_llm.data.judged_rows import QUESTION, VERDICT, Asked, Kind
+from jaxrl_llm.data.stored_reference import NAME as STORED
 from jaxrl_llm.data.top_tokens import likely_batches, likely_rows, most_likely
 from jaxrl_llm.data.written import PROVIDES, judged_groups, written_batches
 from jaxrl_llm.experience import Experience
@@ -221,7 +222,8 @@ def _judged(
     margin = any("margin" in row.values for group in groups for row in group)
     attributes = asked.get("attributes", ())
     widths = (("rating", len(attributes)),) if attributes else ()
-    source = Written(count, per_group, PROVIDES[kind] | ({"margin"} if margin else set()), widths)
+    stored = {STORED} if groups[0][0].reference is not None else set()
+    source = Written(count, per_group, PROVIDES[kind] | ({"margin"} if margin else set()) | stored, widths)
     left_out = {**dropped, **({"too long": batches.dropped} if batches.dropped else {})}
     return Feed(source, rows, file=digest[:16], dropped=left_out)
 

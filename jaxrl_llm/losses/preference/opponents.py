@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -129,6 +131,66 @@ def beside_itself(
     """
     there = jnp.ones(length.shape, bool)
     return _behind(prompt_tokens, prompt_length, tokens, length, tokens, length, there)
+
+
+def demonstrated(
+    prompt_tokens: Int[Array, "B P"],
+    prompt_length: Int[Array, "B"],
+    demonstration_tokens: Int[Array, "B D"],
+    demonstration_length: Int[Array, "B"],
+) -> Sequences:
+    """A view of samples: the row's prompt with the reference completion of the data.
+
+    Args:
+      prompt_tokens, prompt_length: prompt of each row.
+      demonstration_tokens, demonstration_length: its reference completion.
+
+    Reference: SPIN (2401.01335).
+    Certainty: recalled
+    """
+    inside = jnp.arange(demonstration_tokens.shape[1]) < demonstration_length[:, None]
+    return Sequences(
+        prompt_tokens, prompt_length, demonstration_tokens, demonstration_length, inside.astype(jnp.float32)
+    )
+
+
+def followed_by(
+    prompt_tokens: Int[Array, "B P"],
+    prompt_length: Int[Array, "B"],
+    tokens: Int[Array, "B T"],
+    length: Int[Array, "B"],
+    *,
+    says: str,
+    encode: Callable[[str], Sequence[int]],
+    question: str = "",
+) -> Sequences:
+    """A view of each row's prompt, completion and a question, with a fixed answer that is scored, such as a verdict.
+
+    Args:
+      prompt_tokens, prompt_length: prompt of each row, left-padded.
+      tokens, length: completion of each row.
+      says: the answer.
+      encode: text -> token ids, of the run.
+      question: text between completion and answer.
+
+    Raises:
+      ValueError: for an answer without tokens.
+
+    Reference: RewardDance (2509.08826).
+    Certainty: verified
+    """
+    if not (answer := list(encode(says))):
+        raise ValueError(f"says is {says!r}, which has no tokens; give the text that is scored")
+
+    def fixed(ids: list[int]) -> tuple[Array, Array]:
+        return jnp.tile(jnp.array(ids, jnp.int32)[None], (len(length), 1)), jnp.full(len(length), len(ids), jnp.int32)
+
+    there = jnp.ones(length.shape, bool)
+    first = prompt_tokens, prompt_length, tokens, length
+    if asked := list(encode(question)) if question else []:
+        before = _behind(*first, *fixed(asked), there)
+        first = before.prompt_tokens, before.prompt_length, before.tokens, before.length
+    return _behind(*first, *fixed(answer), there)
 
 
 def _behind(

@@ -302,3 +302,21 @@ def test_without_a_judge_the_row_wins_against_its_opponent():
 def test_margins_as_weights_need_margins():
     with pytest.raises(ValueError, match="margin_use is 'weight', but no pair has a margin; give the file a column"):
         losses.bradley_terry(jnp.zeros(2), jnp.zeros(2, int), jnp.array([1.0, 0]), jnp.ones(2), margin_use="weight")
+
+
+def test_views_of_demonstrations_and_of_fixed_answers():
+    prompt, start = jnp.array([[0, 7, 8], [5, 6, 7]]), jnp.array([2, 3])
+    tokens, length = jnp.array([[3, 2, 0], [4, 3, 2]]), jnp.array([2, 3])
+    shown = losses.demonstrated(prompt, start, tokens, length)
+    np.testing.assert_array_equal(shown.mask, [[1, 1, 0], [1, 1, 1]])
+    encode = lambda text: [10 + int(letter) for letter in text]  # noqa: E731
+    view = losses.followed_by(prompt, start, tokens, length, says="1", question="90", encode=encode)
+    np.testing.assert_array_equal(view.prompt_length, [6, 8])
+    asked = [row[-n:].tolist() for row, n in zip(np.asarray(view.prompt_tokens), [6, 8], strict=True)]
+    assert asked == [[7, 8, 3, 2, 19, 10], [5, 6, 7, 4, 3, 2, 19, 10]]
+    np.testing.assert_array_equal(view.tokens, [[11], [11]])
+    np.testing.assert_array_equal(view.mask, [[1], [1]])
+    plain = losses.followed_by(prompt, start, tokens, length, says="1", encode=encode)
+    assert plain.prompt_length.tolist() == [4, 6]
+    with pytest.raises(ValueError, match="says is '', which has no tokens"):
+        losses.followed_by(prompt, start, tokens, length, says="", encode=encode)
