@@ -75,6 +75,8 @@ def main(words: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--estimate", action="store_true", help="compile nothing")
     parser.add_argument("--json", type=Path, help="also write the plans to this file")
     options = parser.parse_args(words)
+    if unknown := {*options.names} - {Path(name).stem for name, _, _ in PLANS}:
+        parser.error(f"no plan of {sorted(unknown)}; there are {sorted({Path(name).stem for name, _, _ in PLANS})}")
     plans, first, second = [], [], []
     for name, overrides, machine in PLANS:
         if options.names and Path(name).stem not in options.names:

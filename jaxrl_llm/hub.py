@@ -69,9 +69,10 @@ def _snapshot(name: str, patterns: Sequence[str], revision: str | None, cache_di
             ignore_patterns=list(IGNORED),
         )
     except (OSError, ValueError) as error:
+        cause = (str(error).splitlines() or [""])[0][:200]
         raise ValueError(
             f"{name!r} is not a local directory, and could not be downloaded as a Hugging Face repository: "
-            f"{type(error).__name__}: {error}; check the spelling, the network, and for a gated model that you are "
+            f"{type(error).__name__}: {cause}; check the spelling, the network, and for a gated model that you are "
             "logged in (hf auth login), or give a local directory"
         ) from error
     return _with_config(Path(found))

@@ -277,7 +277,7 @@ def test_arguments_that_cannot_be(refused, finished_run, tmp_path, arguments, me
 
 def test_a_checkpoint_without_its_config_is_refused(refused, finished_run, tmp_path):
     (tmp_path / "checkpoints").symlink_to(finished_run.directory / "checkpoints")
-    assert "a checkpoint is read with the config.yaml of its run beside it" in refused("eval", str(tmp_path))
+    assert "restoring a checkpoint needs the config.yaml of its run" in refused("eval", str(tmp_path))
 
 
 @pytest.mark.slow

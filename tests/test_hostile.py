@@ -153,7 +153,7 @@ def test_dates_are_text_and_overrides_are_read_the_same_way(tmp_path, micro_conf
         ),
         (["task.name=grid", "environment={task: 1}"], "option 'task' of the environment grid_navigation is unknown"),
         (["credit=[{advantages: {group_normalized: {reads: {rewards: 1.0}}}}]"], r"reads is \{'rewards': 1.0\}; write"),
-        (["credit=[{advantages: {group_normalized: {reads: {rewards: {a: b}}}}}]"], "the name to read"),
+        (["credit=[{advantages: {group_normalized: {reads: {rewards: {a: b}}}}}]"], "field to read"),
         (["training.optimizer={sgd: {momentum: x}}"], "training.optimizer.sgd.momentum is 'x'; it must be a number"),
         (["networks={value: {head: {outputs: x}}}"], "networks.value.head.outputs .*: .*integer"),
         (["networks={value: {head: {layers: 3}}}"], "networks.value.head"),
@@ -196,16 +196,16 @@ def test_what_is_composed_in_python_has_the_ranges_of_a_config(made, message):
 
 GOOD_LINE = b'{"prompt": "a", "answer": "5"}\n'
 LINES = {
-    b"[" * 100_000: "is no JSON: it has more than 100 levels of nesting",
-    b'{"prompt":' * 5000 + b"\n" + GOOD_LINE: "line 1: no JSON: it has more than 100 levels of nesting",
-    b"{" * 500 + b"\n": "no JSON",
-    b"{bad}\n" * 1_000_000: "is no JSONL: none of its first 20 lines is JSON: Expecting",
-    GOOD_LINE.decode().encode("utf-16"): "looks like UTF-16; save it as UTF-8",
+    b"[" * 100_000: "is not JSON: it has more than 100 levels of nesting",
+    b'{"prompt":' * 5000 + b"\n" + GOOD_LINE: "line 1: not JSON: it has more than 100 levels of nesting",
+    b"{" * 500 + b"\n": "not JSON",
+    b"{bad}\n" * 1_000_000: "is not JSONL: none of its first 20 lines is JSON: Expecting",
+    GOOD_LINE.decode().encode("utf-16"): "looks like UTF-16\\); save it",
     b'{"prompt": "\\ud800", "answer": "5"}\n': "half of a surrogate pair",
-    b'{"prompt": "a", "prompt": "b"}\n': "the field 'prompt' stands twice in it",
-    b'{"prompt": "a", "answer": NaN}\n': "NaN is no JSON number",
-    b'{"prompt": "a", "answer": 1e999}\n': "'1e999' is beyond every number of 64 bits",
-    b'{"prompt": "a\x00", "answer": "5"}\n': "no JSON: Invalid control character",
+    b'{"prompt": "a", "prompt": "b"}\n': "the field 'prompt' occurs twice in it",
+    b'{"prompt": "a", "answer": NaN}\n': "NaN is not a JSON number",
+    b'{"prompt": "a", "answer": 1e999}\n': "'1e999' is too large for a number of 64 bits",
+    b'{"prompt": "a\x00", "answer": "5"}\n': "not JSON: Invalid control character",
     b'{"' + b"k" * 100_000 + b'": 1, "answer": 5}': "there is no field 'prompt'; its fields are",
 }
 

@@ -217,8 +217,8 @@ def test_the_config_of_the_run_says_what_was_run(run, files):
         pytest.param("data.path=/nowhere.jsonl", "data file /nowhere.jsonl cannot be read", marks=pytest.mark.slow),
         ("data.path=null", "task, data.path and data.sources are missing"),
         ("task={name: addition, levels: [1]}", "task and data.path are both set"),
-        ("rewards=[exact_answer]", "exact_answer looks for token ids of the built-in tokenizer .*open_id"),
-        pytest.param("data.fields={answer_from: boxed}", "holds no answer", marks=pytest.mark.slow),
+        ("rewards=[exact_answer]", "exact_answer uses token ids of the built-in tokenizer .*open_id"),
+        pytest.param("data.fields={answer_from: boxed}", "has no answer", marks=pytest.mark.slow),
         pytest.param("data.fields={qwestion: x}", "there is no field 'qwestion' to map", marks=pytest.mark.slow),
         pytest.param(
             "data.fields={answer: question, answer_from: text}",

@@ -321,7 +321,7 @@ def _file_lines(file: Path) -> list[tuple[str, Mapping[str, Any]]]:
     except OSError as error:
         raise ValueError(f"--prompts {file} cannot be read: {error.strerror}; give the path of a file") from None
     except UnicodeDecodeError as error:
-        raise ValueError(f"--prompts {file} is no text in UTF-8: {error}; convert it") from None
+        raise ValueError(f"--prompts {file} is not text in UTF-8: {error}; convert it") from None
 
 
 def _text_lines(where: str, text: str) -> list[tuple[str, Mapping[str, Any]]]:

@@ -199,7 +199,10 @@ def _copied(tree: Any, key: str = "", level: int = 0) -> Any:
 def _assign(tree: dict[str, Any], override: str) -> None:
     path, equals, text = override.partition("=")
     if not equals or not path:
-        raise ConfigError(f"override {shown(override)} is not an assignment; write section.key=value")
+        raise ConfigError(
+            f"override {shown(override)} is not an assignment; write section.key=value, in single quotes if it has "
+            "spaces or braces"
+        )
     *sections, last = path.split(".")
     inner: Any = tree
     for section, following in zip(sections, [*sections, last][1:], strict=True):
@@ -214,7 +217,25 @@ def _assign(tree: dict[str, Any], override: str) -> None:
             f"override {shown(override)} sets one entry of the list {'.'.join(sections)}; give a key of the entry, "
             "or the whole list"
         )
-    inner[last] = _values(text, f"the value of override {shown(override)}")
+    try:
+        inner[last] = _values(text, f"the value of override {shown(override)}")
+    except ConfigError as error:
+        raise ConfigError(f"{error}; put an override with spaces or braces in single quotes: '{path}=...'") from None
+    if (key := _without_space(inner[last])) is not None:
+        raise ConfigError(
+            f"override {shown(override)} has {key!r} without a space after a colon, which YAML reads as one name; "
+            f"write {key.replace(':', ': ', 1)!r}, and the whole override in single quotes: '{path}=...'"
+        )
+
+
+def _without_space(value: Any) -> str | None:
+    """A key such as `python:mine:graded` of a mapping without a value; None if there is none."""
+    if isinstance(value, list):
+        return next((found for one in value if (found := _without_space(one)) is not None), None)
+    if not isinstance(value, dict):
+        return None
+    alone = (str(key) for key, inner in value.items() if inner is None and ":" in str(key))
+    return next(alone, None) or _without_space(list(value.values()))
 
 
 def _inside(tree: Any, section: str, following: str, override: str) -> Any:
@@ -297,6 +318,10 @@ def _explained(problem: Mapping[str, Any]) -> str:
         return f"config key {where} is missing; add it"
     if problem["type"] == "value_error":
         return f"config: {problem['msg'].removeprefix('Value error, ')}"
+    if problem["type"] == "tuple_type":
+        return (
+            f"config key {where} is {shown(problem['input'])}; it must be a list, such as [{shown(problem['input'])}]"
+        )
     return f"config key {where} is {shown(problem['input'])}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 _NARROWEST = 64
-# From here on a doubling means much padding, and another program is worth it.
+# From this width on, midpoints are added: doubling would mean much padding.
 _HALVED_FROM = 1024
 
 
@@ -39,5 +39,5 @@ def bucket_of(length: int, widths: Sequence[int]) -> int:
     """
     holding = [width for width in widths if width >= length]
     if not holding:
-        raise ValueError(f"{length} tokens are more than the widest of {list(widths)} holds; add a width")
+        raise ValueError(f"{length} tokens are more than the largest of the widths {list(widths)}; add a width")
     return min(holding)

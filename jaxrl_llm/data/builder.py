@@ -43,14 +43,14 @@ class DataSpec:
     def __post_init__(self) -> None:
         levels = tuple(self.levels) if isinstance(self.levels, Sequence) else (self.levels,)
         if not levels or len(set(levels)) != len(levels):
-            raise ValueError(f"levels is {self.levels!r}; it must name at least one level, and each only once")
+            raise ValueError(f"levels is {self.levels!r}; it must have at least one level, and each only once")
         for level in levels:
             require_int("levels", level)
         require_int("count", self.count, low=len(levels))
         require_int("seed", self.seed)
         require_choice("split", self.split, SPLITS)
         object.__setattr__(self, "levels", levels)
-        # Defaults are written out: a specification that spells a default is the same as one that leaves it out.
+        # Defaults are filled in, so that stating a default gives the same specification as omitting it.
         object.__setattr__(self, "options", dict(tasks.task(self.task, **self.options).options))
 
     @property
@@ -82,7 +82,7 @@ class DataSet(Sequence[dict[str, Any]]):
     """A data set that can be read by index; `DataSet[i]` is the record whose `item_id` is i.
 
     Attributes:
-      spec: what it holds.
+      spec: its specification.
       directory: of its files.
       source: the TFDS data source.
       fingerprint: hash over the specification and the content, for checkpoints.
@@ -129,8 +129,8 @@ def data_set(spec: DataSpec, data_dir: str) -> DataSet:
     """The data set of a specification, written under `data_dir` if it does not exist.
 
     Args:
-      spec: what it holds.
-      data_dir: directory of all data sets; made if missing.
+      spec: its specification.
+      data_dir: directory of all data sets; created if missing.
 
     Raises:
       ValueError: if the task has too few distinct items, or if the files on disk were changed.
@@ -145,8 +145,8 @@ def data_set(spec: DataSpec, data_dir: str) -> DataSet:
     if len(dataset) != spec.count or found != dataset.fingerprint:
         raise ValueError(
             f"the data set in {dataset.directory} has {len(dataset)} items with the fingerprint {found}, but "
-            f"{spec.count} items with the fingerprint {dataset.fingerprint} were written; delete this directory and it "
-            "will be written again"
+            f"{spec.count} items with the fingerprint {dataset.fingerprint} were written; delete this directory, and "
+            "it will be written again"
         )
     return dataset
 

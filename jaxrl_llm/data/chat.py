@@ -25,7 +25,7 @@ Message = Mapping[str, Any]
 
 _WORKERS = Workers({"rendered": "jaxrl_llm.sandbox.template_rendering:rendered"}, memory_bytes=MOST_BYTES)
 atexit.register(_WORKERS.close)
-# Wall time; only a stalled machine needs so long.
+# Limit of wall time, in seconds; only a stalled machine needs so long.
 _PATIENCE = 60.0
 _MOST_BYTES = 2**20  # of a template
 
@@ -58,14 +58,14 @@ class ChatTemplate:
     def __post_init__(self) -> None:
         taken = sorted({"messages", "add_generation_prompt", "strftime_now"} & self.options.keys())
         if taken:
-            raise ValueError(f"chat template option {taken[0]!r} is set by the renderer itself; take it out")
+            raise ValueError(f"chat template option {taken[0]!r} is set by the renderer itself; remove it")
 
     def rendered(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
         """The conversation as text.
 
         Args:
-          messages: mappings with `role` and `content`; keys whose value is None are left out.
-          add_generation_prompt: end with the header after which the assistant speaks.
+          messages: mappings with `role` and `content`; keys whose value is None are omitted.
+          add_generation_prompt: end with the header of the assistant's turn.
 
         Raises:
           ValueError: if the template is not valid, refuses the messages, attempts a forbidden operation, or exceeds the
@@ -82,7 +82,7 @@ class ChatTemplate:
             return answer["text"]
         if "line" in answer:
             raise ValueError(
-                f"the chat template is no valid jinja2 template: {answer['error']} in line {answer['line']}; "
+                f"the chat template is not valid jinja2: {answer['error']} in line {answer['line']}; "
                 "repair the template, or copy the model's files again"
             )
         much = f"it takes more than {SECONDS:g} seconds of computing, or {MOST_BYTES:,} bytes of memory"
@@ -90,7 +90,8 @@ class ChatTemplate:
         raise ValueError(
             f"the chat template failed on a conversation with the roles {roles}: "
             f"{answer.get('error') or (much if told.ended else told.error)}; change the conversation "
-            "(some templates know no system role, or want user and assistant in turns), or use another template"
+            "(some templates do not accept a system role, or require that user and assistant alternate), or use "
+            "another template"
         )
 
 
@@ -115,7 +116,7 @@ def template_source(directory: Path, tokenizer_config: Mapping[str, Any]) -> str
         if "default" not in named:
             raise ValueError(
                 f"tokenizer_config.json in {directory} has the chat templates {shown(sorted(named))}, but none is "
-                "named 'default'; save the one that is meant as chat_template.jinja in this directory"
+                "named 'default'; save the one to use as chat_template.jinja in this directory"
             )
         entry = named["default"]
     if entry is not None and not isinstance(entry, str):
@@ -155,15 +156,15 @@ def rewrites_history(template: ChatTemplate) -> bool:
 
 
 def require_kept_history(template: ChatTemplate) -> None:
-    """Refuse a template that cannot be used for several turns, because it changes earlier ones.
+    """Check that a template can be used for several turns.
 
     Raises:
-      ValueError: with the remedy.
+      ValueError: if it changes earlier turns.
     """
     if rewrites_history(template):
         raise ValueError(
-            "the chat template rewrites history: it renders an earlier assistant turn otherwise than it was sampled "
-            "(for example without its reasoning), so the tokens of one turn are no prefix of the next and training "
-            "over several turns would score tokens that the policy never saw; use a template that keeps earlier turns "
-            "as they are, or train on single turns"
+            "the chat template rewrites history: it renders an earlier assistant turn differently from how it was "
+            "sampled (for example without its reasoning), so the tokens of one turn are not a prefix of the next, and "
+            "training over several turns would use tokens that the policy did not sample; use a template that does not "
+            "change earlier turns, or train on single turns"
         )

@@ -93,7 +93,7 @@ def encoded_rows(
     if overlong not in ("error", "drop"):
         raise ValueError(f"overlong is {overlong!r}; it must be 'error' or 'drop'")
     names = (f"max_prompt_tokens={limits[0]}", f"max_{completion_name}_tokens={limits[1]}")
-    rows, dropped, ids = [], 0, set()
+    rows, dropped, ids, first = [], 0, set(), ""
     longest = [0, 0]
     for item in _records(source):
         _require_id(item, ids)
@@ -103,14 +103,17 @@ def encoded_rows(
             for what, tokens, limit, name in zip(("prompt", completion_name), row[1:], limits, names, strict=True)
             if len(tokens) > limit
         ]
-        if excess and overlong == "error":
-            raise ValueError(
-                f"item {item['item_id']} ({item['body'][:80]!r}) does not fit: {' and '.join(excess)}; raise the "
-                "limit, or set overlong to 'drop' to leave such items out"
-            )
+        if excess:
+            first = first or f"item {item['item_id']} ({item['body'][:80]!r}) does not fit: {' and '.join(excess)}"
         dropped += bool(excess)
         longest = [max(length, len(tokens)) for length, tokens in zip(longest, row[1:], strict=True)]
         rows += [] if excess else [row]
+    if dropped and overlong == "error":
+        raise ValueError(
+            f"{first}; {dropped} of {dropped + len(rows)} do not fit; the longest prompt has {longest[0]} tokens and "
+            f"the longest {completion_name} {longest[1]}: raise the limit (in a config rollout.max_prompt_tokens or "
+            "rollout.max_completion_tokens), or set overlong (data.overlong_prompts) to 'drop' to leave such items out"
+        )
     if not rows:
         raise ValueError(
             f"no item is left of {dropped} in the source: prompts have up to {longest[0]} tokens and {completion_name}"
@@ -144,7 +147,7 @@ def _require_id(item: Record, ids: set[int]) -> None:
 
 
 def padded_arrays(rows: Sequence[Row], pad_id: int, limits: tuple[int, int]) -> dict[str, np.ndarray]:
-    """The fields of `Prompts` as int32 arrays; the rows' completions stand in the answer's place."""
+    """The fields of `Prompts` as int32 arrays; the completions of the rows are the answers."""
     tokens = np.full((len(rows), limits[0]), pad_id, np.int32)
     answers = np.full((len(rows), limits[1]), pad_id, np.int32)
     for index, row in enumerate(rows):

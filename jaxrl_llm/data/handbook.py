@@ -55,7 +55,7 @@ def read_handbook(path: str) -> tuple[Entry, ...]:
     for where, row in row_objects(path, "handbook")[0]:
         for key in ("name", "instruction"):
             if not isinstance(row.get(key), str) or not row[key].strip():
-                raise ValueError(f"{where}: a handbook's row needs a text {key!r}; it has {sorted(row)}")
+                raise ValueError(f"{where}: a row of a handbook needs a text {key!r}; it has {sorted(row)}")
         entries.append(Entry(row["name"], row["instruction"], str(row.get("tag") or "")))
     return unique(entries)
 
@@ -106,7 +106,7 @@ def chooser(entries: Sequence[Entry], *, count: int, by: str) -> Callable[[Mappi
     def of_tag(item: Mapping[str, Any]) -> list[Entry]:
         columns = {**item, **item.get("raw", {})}
         if by not in columns:
-            raise ValueError(f"data.handbook.by is {by!r}, which no column is called; they are {sorted(columns)}")
+            raise ValueError(f"data.handbook.by is {by!r}, which is not a column; columns are {sorted(columns)}")
         return [entry for entry in entries if entry.tag == str(columns[by])][:count]
 
     return of_tag

@@ -1,6 +1,6 @@
-"""Tokenizers of Hugging Face model directories: `tokenizer.json` with the settings that lie beside it.
+"""Tokenizers of Hugging Face model directories: `tokenizer.json` and the settings in the same directory.
 
-Nothing here decides what is trained on: masks come from lengths, so padding may share its id with end of sequence.
+Masks come from lengths and not from token ids, so padding may have the same id as end of sequence.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ class HuggingFaceTokenizer:
       path: directory that it was read from.
       backend: the `tokenizers.Tokenizer`.
       eos_ids: every id that ends a completion; the first one ends reference completions.
-      pad_id: fills rows up; may be one of `eos_ids`.
-      prefix_ids: what the tokenizer itself puts in front of a text, such as begin of sequence; often nothing.
+      pad_id: padding; may be one of `eos_ids`.
+      prefix_ids: ids that the tokenizer adds before a text, such as begin of sequence; often empty.
       special_tokens: text by name, such as bos_token, for chat templates.
-      chat_template: text of the chat template; None where the model has none.
+      chat_template: text of the chat template; None if the model has none.
       prompts: how records become prompts, see `with_chat` and `with_prompt_format`.
     """
 
@@ -63,24 +63,24 @@ class HuggingFaceTokenizer:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of everything that decides the ids of a text, for checkpoints."""
+        """Hash of everything that determines the ids of a text, for checkpoints."""
         parts = [self.backend.to_str(), list(self.eos_ids), self.pad_id, self.chat_template, dict(self.special_tokens)]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text. Special tokens in it are recognised; none are put around it."""
+        """Token ids of a text. Special tokens in it are recognised; none are added."""
         return self.backend.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of token ids, without end of sequence and padding; other special tokens are spelled out.
 
-        Ids beyond the vocabulary, which an embedding that is rounded up allows a policy to sample, have no text.
+        Ids beyond the vocabulary have no text; a policy can sample them if its embedding is padded to more rows.
         """
         silent = {*self.eos_ids, self.pad_id}
         return self.backend.decode([int(id) for id in ids if int(id) not in silent], skip_special_tokens=False)
 
     def token_bytes(self) -> list[bytes | None]:
-        """What each token stands for in a text, by id; None for ends of sequence, padding and ids without a token."""
+        """The bytes of each token, by id; None for ends of sequence, padding and ids without a token."""
         return token_bytes(self.backend, self.vocabulary_size, silent={*self.eos_ids, self.pad_id})
 
     def prompt_ids(self, item: Mapping[str, Any]) -> list[int]:
@@ -93,19 +93,18 @@ class HuggingFaceTokenizer:
 
 
 def load_tokenizer(path: str | Path) -> HuggingFaceTokenizer:
-    """The tokenizer of a local model directory, with plain prompts (the body as it stands).
+    """The tokenizer of a local model directory, with plain prompts (the unchanged body).
 
-    Read are tokenizer.json; tokenizer_config.json and special_tokens_map.json for names of special tokens (where they
-    differ the former wins); generation_config.json and config.json for further ids that end a sequence (likewise); and
+    It reads tokenizer.json; tokenizer_config.json and special_tokens_map.json for names of special tokens (the former
+    has precedence); generation_config.json and config.json for further ids that end a sequence (likewise); and
     chat_template.jinja.
 
     Raises:
-      ValueError: for a directory or a file that is missing or broken, settings that name unknown tokens, or no end of
-        sequence at all.
+      ValueError: for a missing or damaged directory or file, settings with unknown tokens, or no end of sequence.
     """
     directory = Path(path).expanduser()
     if not directory.is_dir():
-        raise ValueError(f"{directory} is no directory; give the directory with the model's tokenizer.json")
+        raise ValueError(f"{directory} is not a directory; give the directory with the model's tokenizer.json")
     config = json_object(directory / "tokenizer_config.json")
     backend = _backend(directory)
     _add_tokens(backend, config, directory)
@@ -154,8 +153,8 @@ def with_chat(
       format: text of the last user message, with `{body}` where its content goes.
       options: variables of the template, such as {"enable_thinking": False}.
       rewritten_history: see `ChatPrompts`.
-      several_turns: the policy speaks more than once in a conversation; refuses a template that rewrites history.
-      date: what a template that asks for today's date is told.
+      several_turns: the policy generates several turns of a conversation; refuses a template that rewrites history.
+      date: current date in the template.
 
     Raises:
       ValueError: if there is no template, or it fails a check; see `require_turn` and `require_kept_history`.
@@ -163,7 +162,7 @@ def with_chat(
     if tokenizer.chat_template is None:
         raise ValueError(
             f"the model in {tokenizer.path} has no chat template (no chat_template.jinja, and no chat_template in "
-            "tokenizer_config.json), as base models do; set data.prompts to plain, or write the template"
+            "tokenizer_config.json), as is usual for base models; set data.prompts to plain, or write the template"
         )
     template = ChatTemplate(tokenizer.chat_template, tokenizer.special_tokens, options or {}, date)
     prompts = ChatPrompts(template, system_prompt, format, rewritten_history)
@@ -174,10 +173,10 @@ def with_chat(
 
 
 def require_embedding(tokenizer: HuggingFaceTokenizer, rows: int) -> None:
-    """Refuse a tokenizer with ids that the model has no embedding for. More rows than ids are fine.
+    """Check that the embedding of a model has a row for each id of a tokenizer; it may have more.
 
     Raises:
-      ValueError: naming tokens that do not fit.
+      ValueError: for tokens without a row; names some of them.
     """
     if tokenizer.vocabulary_size > rows:
         vocabulary = tokenizer.backend.get_vocab(with_added_tokens=True)
@@ -202,21 +201,21 @@ def _backend(directory: Path) -> Any:
     tokenizers = imported("tokenizers")
     try:
         backend = tokenizers.Tokenizer.from_file(str(file))
-    except BaseException as error:  # the library raises plain Exception, and where it breaks down BaseException
+    except BaseException as error:  # the library raises Exception, and BaseException if its Rust code panics
         if isinstance(error, KeyboardInterrupt):
             raise
         raise ValueError(
-            f"{file} is no file of the `tokenizers` library: {shortened(str(error), 300)}; it may be cut off, or of a "
-            "newer version: copy it again, or upgrade tokenizers"
+            f"{file} is not a file of the `tokenizers` library: {shortened(str(error), 300)}; it may be truncated, or "
+            "of a newer version: copy it again, or upgrade tokenizers"
         ) from error
-    # Some files ask for either; here nothing is ever cut, and rows are filled by the pipeline.
+    # Some files enable truncation or padding. Here texts are never truncated, and the pipeline pads.
     backend.no_truncation()
     backend.no_padding()
     return backend
 
 
 def _add_tokens(backend: Any, config: Mapping[str, Any], directory: Path) -> None:
-    """Add the tokens that only tokenizer_config.json knows, and hold both files against each other."""
+    """Add tokens that only tokenizer_config.json has, and check that both files agree."""
     written = config.get("added_tokens_decoder") or {}
     if not isinstance(written, dict):
         raise ValueError(
@@ -262,12 +261,12 @@ def _special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _recognise(backend: Any, special: Mapping[str, str], directory: Path) -> None:
-    """Have the named special tokens recognised inside of texts, as templates write them there."""
+    """Make the tokenizer recognise the named special tokens inside texts, where templates write them."""
     for name in ("bos_token", "eos_token", "pad_token"):
         if name in special and backend.token_to_id(special[name]) is None:
             raise ValueError(
                 f"{name} is {shown(special[name])} in {directory}, but tokenizer.json has no such token; the files "
-                "belong to different tokenizers: copy them again, or name a token that there is"
+                "belong to different tokenizers: copy them again, or set it to an existing token"
             )
     backend.add_special_tokens([text for text in special.values() if backend.token_to_id(text) is not None])
 
@@ -286,14 +285,14 @@ def _eos_ids(
         ):
             raise ValueError(
                 f"eos_token_id is {shown(named)} in the generation_config.json or config.json of {directory}, but "
-                f"{shown(id)} is the id of no token; name ids of tokenizer.json"
+                f"no token has the id {shown(id)}; use ids of tokenizer.json"
             )
     first = [backend.token_to_id(special["eos_token"])] if "eos_token" in special else []
     ids = tuple(dict.fromkeys([*first, *listed]))
     if not ids:
         raise ValueError(
-            f"nothing in {directory} names an end of sequence; add eos_token to tokenizer_config.json, or eos_token_id "
-            "to generation_config.json"
+            f"no file in {directory} defines an end of sequence; add eos_token to tokenizer_config.json, or "
+            "eos_token_id to generation_config.json"
         )
     return ids
 
@@ -302,14 +301,14 @@ def _pad_id(backend: Any, special: Mapping[str, str], generation: Mapping[str, A
     if "pad_token" in special:
         return backend.token_to_id(special["pad_token"])
     named = generation.get("pad_token_id")
-    # Some models write -1 or null for "none".
+    # Some models write -1 or null for no padding token.
     if isinstance(named, int) and 0 <= named < _MOST_TOKENS and backend.id_to_token(named) is not None:
         return named
     return eos_ids[0]
 
 
 def _prefix_ids(backend: Any) -> tuple[int, ...]:
-    """What the tokenizer's own post-processor puts in front of a text."""
+    """The ids that the tokenizer's post-processor adds before a text."""
     plain = backend.encode("a", add_special_tokens=False).ids
     whole = backend.encode("a", add_special_tokens=True).ids
     starts = (start for start in range(len(whole) - len(plain) + 1) if whole[start : start + len(plain)] == plain)

@@ -1,4 +1,4 @@
-"""JSON from files that others wrote: an object, or many elements numbered as an editor numbers them."""
+"""JSON files of users and models: one object, or many elements, numbered by line for messages."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _MOST_BAD = 20  # lines before the first good one
 
 
 def json_object(file: Path) -> dict[str, Any]:
-    """A JSON file that holds an object; empty where there is no file.
+    """The object in a JSON file; empty if the file does not exist.
 
     Raises:
-      ValueError: if the file is no JSON, or holds something else.
+      ValueError: if the file is not JSON, or not an object.
     """
     try:
         value = parsed_json(file_bytes(file, _MOST_BYTES))
@@ -28,40 +28,40 @@ def json_object(file: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ValueError(f"{file} cannot be read as JSON: {error}; copy the model's files again") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{file} holds a {type(value).__name__}, not an object; copy the model's files again")
+        raise ValueError(f"{file} has a {type(value).__name__}, not an object; copy the model's files again")
     return value
 
 
 def json_objects(file: Path, flag: str) -> list[tuple[str, Mapping[str, Any]]]:
-    """(where it stands, object) of every line of a JSONL file, or of every element of a JSON list.
+    """(location for messages, object) of every line of a JSONL file, or of every element of a JSON list.
 
     Args:
       file: the file.
-      flag: the option that named it, for messages.
+      flag: the option with the path, for messages.
 
     Raises:
-      ValueError: for a file that cannot be read, holds nothing, or holds something else.
+      ValueError: for a file that cannot be read, is empty, or has elements that are not objects.
     """
     content = contents(file, flag)
     objects = []
     for number, element in elements(file, content):
         where = f"{file}, {place(content)} {number}"
         if isinstance(element, ValueError):
-            raise ValueError(f"{where} is no JSON: {element}")
+            raise ValueError(f"{where} is not JSON: {element}")
         if not isinstance(element, Mapping):
-            raise ValueError(f"{where} holds a {type(element).__name__}, not an object")
+            raise ValueError(f"{where} has a {type(element).__name__}, not an object")
         objects.append((where, element))
     if not objects:
-        raise ValueError(f"{file} holds no line; give one object a line")
+        raise ValueError(f"{file} has no lines; write one object per line")
     return objects
 
 
 def contents(file: Path, called: str) -> bytes:
-    """What a file of data holds.
+    """The bytes of a data file.
 
     Args:
       file: its path; `~` is the home directory.
-      called: what it is called in messages.
+      called: its name in messages.
 
     Raises:
       ValueError: for a file that cannot be read.
@@ -70,45 +70,47 @@ def contents(file: Path, called: str) -> bytes:
         return file_bytes(file.expanduser())
     except OSError as error:
         raise ValueError(f"{called} {file} cannot be read: {error.strerror}; give the path of a JSONL file") from None
-    except (ValueError, RuntimeError) as error:  # no regular file; no home directory
+    except (ValueError, RuntimeError) as error:  # not a regular file, or no home directory
         raise ValueError(f"{called} cannot be read: {error}; give the path of a JSONL file") from None
 
 
 def elements(file: Path, content: bytes) -> Iterator[tuple[int, Any]]:
-    """The elements of a JSONL file, or of a JSON file that is one list, numbered from 1; blank lines are passed over.
+    """The elements of a JSONL file, or of a JSON file with one list, numbered from 1; blank lines are skipped.
 
     Args:
-      file: named in messages.
-      content: what the file holds.
+      file: path for messages.
+      content: bytes of the file.
 
     Yields:
-      Number and value; the value of a line that is no JSON is the `ValueError` that says why.
+      Number and value; for a line that is not JSON the value is a `ValueError` with the reason.
 
     Raises:
-      ValueError: for a list that is no JSON, or text in UTF-16.
+      ValueError: for a list that is not JSON, or text in UTF-16.
     """
     if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        raise ValueError(f"data file {file} is no text in UTF-8, and looks like UTF-16; save it as UTF-8")
+        raise ValueError(f"data file {file} is not text in UTF-8 (it looks like UTF-16); save it as UTF-8")
     if _is_list(content):
         try:
             values = _parsed(content)
         except ValueError as error:
-            raise ValueError(f"data file {file} is no JSON: {error}; repair it, or write one object a line") from error
+            raise ValueError(
+                f"data file {file} is not JSON: {error}; repair it, or write one object per line"
+            ) from error
         yield from enumerate(values, start=1)
         return
-    # At newlines only: other line separators of Unicode may stand inside of a text.
+    # Lines end only at newlines: other line separators of Unicode may occur inside texts.
     bad, good = 0, False
     for number, line in enumerate(content.split(b"\n"), start=1):
         if line.strip():
             value = _parsed_or_error(line)
             good, bad = good or not isinstance(value, ValueError), bad + 1
             if not good and bad == _MOST_BAD:
-                raise ValueError(f"data file {file} is no JSONL: none of its first {bad} lines is JSON: {value}")
+                raise ValueError(f"data file {file} is not JSONL: none of its first {bad} lines is JSON: {value}")
             yield number, value
 
 
 def place(content: bytes) -> str:
-    """What `elements` numbers in a file: lines, or elements of a list."""
+    """The word for the numbers of `elements` in messages: "line", or "element" for a list."""
     return "element" if _is_list(content) else "line"
 
 
@@ -120,7 +122,7 @@ def _parsed_or_error(text: bytes) -> Any:
     try:
         return _parsed(text)
     except ValueError as error:
-        return ValueError(str(error))  # a new one, which keeps no frames alive: there may be a million
+        return ValueError(str(error))  # without a traceback, which would keep its frames in memory
 
 
 def _parsed(text: bytes) -> Any:
@@ -130,17 +132,17 @@ def _parsed(text: bytes) -> Any:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
             half = str(error.object)[error.start]
-            raise ValueError(f"it holds {half!r}, half of a surrogate pair, which is no character") from None
+            raise ValueError(f"it has {half!r}, half of a surrogate pair, which is not a character") from None
     return value
 
 
 def _refused(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON number")
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def _finite(text: str) -> float:
     if not math.isfinite(number := float(text)):
-        raise ValueError(f"{shown(text, 40)} is beyond every number of 64 bits")
+        raise ValueError(f"{shown(text, 40)} is too large for a number of 64 bits")
     return number
 
 
@@ -148,5 +150,5 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     made = dict(pairs)
     if len(made) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"the field {shown(next(name for name in names if names.count(name) > 1))} stands twice in it")
+        raise ValueError(f"the field {shown(next(name for name in names if names.count(name) > 1))} occurs twice in it")
     return made

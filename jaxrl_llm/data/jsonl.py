@@ -1,7 +1,6 @@
-"""Rows of the user's own -> records of the pipeline: which columns hold what.
+"""Rows of a user's data set -> records of the pipeline, by a mapping of columns.
 
-Every row is read and checked before anything is trained on; what is wrong is named by file and line. Any format of
-`row_files` is read the same way.
+All rows are read and checked before training; messages name file and line. The rows may have any format of `row_files`.
 """
 
 from __future__ import annotations
@@ -32,19 +31,21 @@ _MOST_PROBLEMS = 5
 
 @dataclass(frozen=True)
 class Fields:
-    """Which columns of a row hold what. A dotted name goes into nested objects; `prompt`, `answer` and `response` may
-    also be templates of jinja2, made of several columns: "{{ question }} {{ options | join(', ') }}".
+    """The columns of prompt, answer and reference completion in a row.
+
+    A dotted name is a path in nested objects. `prompt`, `answer` and `response` may also be templates of jinja2 with
+    several columns: "{{ question }} {{ options | join(', ') }}".
 
     Attributes:
-      prompt: text of the prompt; None where `messages` holds it.
+      prompt: text of the prompt; None if it is in `messages`.
       messages: a conversation of objects with `role` and `content`; a last turn of the assistant is the reference
-        completion, everything before it the prompt. None where `prompt` holds the prompt.
-      answer: reference answer, a text or a number; None takes the last turn of the assistant in `messages`, and with
-        `prompt` says that there are none. Where no line has a field of the default name there are none either.
-      response: reference completion for supervised steps; None where there is none, or `messages` holds it.
-      answer_from: where the final answer stands in the answer field: "text" is all of it, "hashes" what stands behind
-        `####`, "boxed" what stands in the last box, "marked" what stands behind the last mark of either kind.
-      calculations: "remove" takes calculator annotations such as <<3+4=7>> out of reference completions.
+        completion, and the turns before it are the prompt. None if the prompt is in `prompt`.
+      answer: reference answer, a text or a number. None takes the last turn of the assistant in `messages`; with
+        `prompt`, None means that there are no answers, as does a default name that no row has.
+      response: reference completion for supervised steps; None if there is none, or it is in `messages`.
+      answer_from: the part of the answer column that is the final answer: "text" is all of it, "hashes" the text after
+        `####`, "boxed" the content of the last box, "marked" the text at the last mark of either kind.
+      calculations: "remove" removes calculator annotations such as <<3+4=7>> from reference completions.
     """
 
     prompt: str | None = "prompt"
@@ -59,13 +60,13 @@ class Fields:
         require_choice("calculations", self.calculations, ("keep", "remove"))
         if (self.prompt is None) == (self.messages is None):
             raise ValueError(
-                f"prompt is {self.prompt!r} and messages is {self.messages!r}; name the field that holds the prompt, "
-                "and set the other to null"
+                f"prompt is {self.prompt!r} and messages is {self.messages!r}; set one of them to the column of the "
+                "prompt, and the other to null"
             )
         if self.response is not None and self.messages is not None:
             raise ValueError(
                 f"response is {self.response!r}, but with messages the last turn of the assistant is the reference "
-                "completion; leave response out"
+                "completion; remove response"
             )
 
 
@@ -92,11 +93,11 @@ def fields_of(format: str, /, **changes: Any) -> Fields:
     require_choice("format", format, tuple(FORMATS))
     unknown = sorted(changes.keys() - asdict(FORMATS[format]).keys())
     if unknown:
-        raise ValueError(f"there is no field {unknown[0]!r} to map; known: {', '.join(asdict(FORMATS[format]))}")
+        raise ValueError(f"there is no field {unknown[0]!r} to map; fields are {', '.join(asdict(FORMATS[format]))}")
     return replace(FORMATS[format], **changes)
 
 
-# What the pipeline reads of a record: a column of the file that is called so stays in `raw`.
+# Keys of a record that the pipeline uses; a column of the file with such a name is only in `raw`.
 _READ_OF_RECORDS = frozenset({"body", "messages", "prefix", "item_id", "raw", "data_source"})
 
 
@@ -107,11 +108,11 @@ def read_records(
 
     Args:
       file: see `row_files`.
-      fields: which columns hold what.
-      prepare: from a row to the one that `fields` are read of; `raw` of the record is the row itself.
+      fields: the columns to read.
+      prepare: changes a row before `fields` are read from it; `raw` of the record is the unchanged row.
 
     Raises:
-      ValueError: for data that are missing or empty, and rows that cannot be used, named.
+      ValueError: for missing or empty data, and rows that cannot be used; names the rows.
     """
     rows, digest = rows_of(file)
     records, problems = records_of(rows, fields, prepare)
@@ -122,7 +123,7 @@ def read_records(
 def records_of(
     rows: Sequence[Row], fields: Fields, prepare: Callable[[dict[str, Any]], Mapping[str, Any]] | None = None
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """(records, what is wrong with the other rows)."""
+    """(records, one message for each row that cannot be used)."""
     records, problems = [], []
     if (
         prepare is None
@@ -141,7 +142,7 @@ def records_of(
 
 
 def require_usable(path: str, records: Sequence[Any], problems: Sequence[str]) -> None:
-    """Raises ValueError where rows cannot be used, or there are none."""
+    """Raises ValueError if some rows cannot be used, or there are no rows."""
     if problems:
         more = len(problems) - _MOST_PROBLEMS
         shown = [
@@ -150,18 +151,18 @@ def require_usable(path: str, records: Sequence[Any], problems: Sequence[str]) -
         ]
         raise ValueError(
             f"{path} has {len(problems)} lines that cannot be used; repair them: {'; '.join(shown)} "
-            "(data.unusable=drop leaves such lines out)"
+            "(data.unusable=drop drops such lines)"
         )
     if not records:
-        raise ValueError(f"data file {path} holds no line; give a file with one row or more")
+        raise ValueError(f"data file {path} has no rows; give a file with at least one row")
 
 
 def _record(element: Any, fields: Fields) -> dict[str, Any]:
-    """A row as a record without its number."""
+    """The record of a row, without its number."""
     if isinstance(element, ValueError):
         raise element
     if not isinstance(element, dict):
-        raise ValueError(f"holds a {type(element).__name__}, not an object with fields")
+        raise ValueError(f"has a {type(element).__name__}, not an object with fields")
     if fields.messages is None:
         prompt, said = {"body": _text(element, fields.prompt)}, ""
     else:
@@ -172,7 +173,7 @@ def _record(element: Any, fields: Fields) -> dict[str, Any]:
     if not answer and not answerless:
         where = "the last turn of the assistant" if fields.answer is None else f"field {fields.answer!r}"
         raise ValueError(
-            f"{where} holds no answer (answer_from is {fields.answer_from!r}): it ends with {written[-60:]!r}"
+            f"{where} has no answer (answer_from is {fields.answer_from!r}): it ends with {written[-60:]!r}"
         )
     response = said if fields.response is None else _text(element, fields.response)
     if fields.calculations == "remove":
@@ -181,34 +182,34 @@ def _record(element: Any, fields: Fields) -> dict[str, Any]:
 
 
 def _with_columns(read: dict[str, Any], row: Mapping[str, Any], number: int) -> dict[str, Any]:
-    """A whole record: what was read of a row, and its further columns by their names, which hide defaults (`level`)."""
+    """A complete record with the further columns of the row, which replace defaults such as `level`."""
     own = {name: value for name, value in row.items() if name not in _READ_OF_RECORDS and name not in read}
     return record(read | {"item_id": number, "raw": row}, number) | own
 
 
 def _conversation(turns: Any, name: str) -> tuple[dict[str, Any], str]:
-    """The prompt's part of a record, and what the assistant says in the end ("" where the file does not say)."""
+    """The prompt of a record, and the last turn of the assistant ("" if the conversation has none)."""
     if not isinstance(turns, list) or not turns:
-        raise ValueError(f"field {name!r} holds no list of messages")
+        raise ValueError(f"field {name!r} is not a list of messages")
     for number, turn in enumerate(turns):
         if (
             not isinstance(turn, dict)
             or not isinstance(turn.get("role"), str)
             or not isinstance(turn.get("content"), str)
         ):
-            raise ValueError(f"message {number} of field {name!r} is no object with a role and a content of text")
+            raise ValueError(f"message {number} of field {name!r} is not an object with texts as role and content")
     prompt = turns[:-1] if turns[-1]["role"] == "assistant" else turns
     asked = [turn["content"] for turn in prompt if turn["role"] == "user"]
     if not asked or not asked[-1].strip():
-        raise ValueError(f"field {name!r} holds no message of the user that an assistant could answer")
+        raise ValueError(f"field {name!r} has no message of the user for the assistant to answer")
     return {"body": asked[-1], "messages": prompt}, turns[-1]["content"] if len(prompt) < len(turns) else ""
 
 
 def _text(element: Mapping[str, Any], name: str | None) -> str:
-    """A column that holds text, or a number as it is written; or a template of several."""
+    """The text of a column (a number as written), or a rendered template of several columns."""
     value = column_value(element, name or "")
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
-        raise ValueError(f"field {name!r} holds {json.dumps(value)[:60]}, not text or a number")
+        raise ValueError(f"field {name!r} is {json.dumps(value)[:60]}, not text or a number")
     if not str(value).strip():
         raise ValueError(f"field {name!r} is empty")
     return str(value)

@@ -1,8 +1,7 @@
-"""What a row of a file of judged completions says: texts of a prompt, and how somebody judged them.
+"""Rows of files with judged completions: completions of a prompt with preferences, ratings, labels or verdicts.
 
-Columns are found by their names here, by the names that TRL, UltraFeedback and HelpSteer have, or as `columns` maps
-them. Prompts and completions are texts or lists of messages. A prompt may be left out: it is what the completions of a
-row begin with.
+Columns have the names below, those of TRL, UltraFeedback and HelpSteer, or those in `columns`. Prompts and completions
+are texts or lists of messages. Without a prompt, the common beginning of the completions of a row is the prompt.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ QUESTION = "{prompt}\n\nAnswer A:\n{first}\n\nAnswer B:\n{second}\n\nWhich answe
 VERDICT = "{rationale}\n\nVerdict: {verdict}"
 
 _LARGEST = float(np.finfo(np.float32).max)
-# Other names of columns, which are read where a row has no column of the name itself.
+# Alternative names of columns, used if a row does not have the first name.
 _ALSO: Mapping[str, tuple[str, ...]] = {
     "prompt": ("question", "instruction", "context"),
     "completion": ("response",),
@@ -46,7 +45,7 @@ class Judged(NamedTuple):
     Attributes:
       prompt: its prompt, a text or messages.
       text: of the completion, without end of sequence.
-      values: names of fields that rows of its kind know -> a number, or several.
+      values: name of a field -> its number, or several numbers.
       steps: texts of its steps with the label of each; empty for other kinds.
       where: its file and line.
       reference: log-probabilities of its tokens under a reference, where the file holds them.
@@ -61,17 +60,17 @@ class Judged(NamedTuple):
 
 
 class Tie(ValueError):
-    """A pair of which no side is the better one: it may be left out and counted."""
+    """A pair or ranking without a better completion, which may be dropped and counted."""
 
 
 class Asked(NamedTuple):
-    """What a source says beside its file.
+    """Options of a source for ratings and verdicts.
 
     Attributes:
-      attributes: columns of ratings, one number each; empty for the column `rating` alone.
-      lowest, highest: bounds of ratings; None is none.
+      attributes: columns of ratings, one number each; empty for the single column `rating`.
+      lowest, highest: bounds of ratings; None sets no bound.
       question, verdict: formats of the prompt and the completion of a judge.
-      both_orders: verdicts become two rows, with the answers in either order.
+      both_orders: each verdict gives two rows, one per order of the answers.
     """
 
     attributes: tuple[str, ...] = ()
@@ -86,10 +85,10 @@ Row = Mapping[str, Any]
 
 
 def named(record: Row, columns: Mapping[str, str], kind: Kind, where: str) -> dict[str, Any]:
-    """A row whose columns have the names that its kind wants. Lists that a cell of text holds as JSON are lists.
+    """A row with the column names of its kind; lists that are stored as JSON text are parsed.
 
     Raises:
-      ValueError: for a column that `columns` names and the row does not have.
+      ValueError: for a column in `columns` that the row does not have.
     """
     try:
         given = {name: column_value(record, column) for name, column in columns.items()}
@@ -121,7 +120,7 @@ _TEXTS = ("prompt", "chosen", "rejected", "completion", "first", "second")
 
 
 def _strength(record: Row, where: str) -> dict[str, Any]:
-    """HelpSteer2-Preference and HelpSteer3: how much better the second of two responses is, from -3 to 3."""
+    """A row of HelpSteer2-Preference or HelpSteer3: how much better the second of two responses is, from -3 to 3."""
     strength = _number(record["preference_strength"], "preference_strength", where)
     return {"better": "second" if strength > 0 else "first" if strength < 0 else "tie", "margin": abs(strength)}
 
@@ -156,7 +155,7 @@ def _as_list(value: Any, messages: bool) -> Any:
 def _is_text(value: Any, what: str, where: str) -> str:
     if isinstance(value, str):
         return value
-    raise ValueError(f"{where} has {what} {shown(value)}, which is no text; write it in quotes")
+    raise ValueError(f"{where} has {what} {shown(value)}, which is not text; write it in quotes")
 
 
 def _number(value: Any, what: str, where: str) -> float:
@@ -180,10 +179,10 @@ def _said(value: Any, what: str, where: str) -> str | list[Mapping[str, Any]]:
     if not isinstance(value, list):
         return _is_text(value, what, where)
     if not value:
-        raise ValueError(f"{where} has {what} [], which holds no message")
+        raise ValueError(f"{where} has {what} [], which has no message")
     for message in value:
         if not (isinstance(message, Mapping) and all(isinstance(message.get(k), str) for k in ("role", "content"))):
-            raise ValueError(f"{where} has {what} with {shown(message)}; a message has a text as role and as content")
+            raise ValueError(f"{where} has {what} with {shown(message)}; a message needs texts as role and content")
     return value
 
 
@@ -206,7 +205,7 @@ def _prompt_and_said(
 
 
 def _implicit(said: Sequence[Any], where: str) -> tuple[Any, list[Any]]:
-    """What completions begin with is their prompt: whole messages, or a text up to white space."""
+    """The common beginning of completions as their prompt: whole messages, or a text up to white space."""
     if len(said) > 1 and all(value == said[0] for value in said):
         raise _equal(said[0], where)
     texts = [value for value in said if isinstance(value, str)]
@@ -220,11 +219,11 @@ def _implicit(said: Sequence[Any], where: str) -> tuple[Any, list[Any]]:
         cut = max((place + 1 for place, letter in enumerate(same) if letter.isspace()), default=0)
         if same[:cut].strip():
             return same[:cut], [text[cut:] for text in texts]
-    raise ValueError(f"{where} has prompt None, and its completions begin with nothing in common; give it a prompt")
+    raise ValueError(f"{where} has prompt None, and its completions have no common beginning; add a prompt")
 
 
 def _common(values: Sequence[Any]) -> Any:
-    """What several sequences begin with."""
+    """The common beginning of several sequences."""
     first = values[0]
     same = (all(len(other) > n and other[n] == first[n] for other in values) for n in range(len(first)))
     return first[: next((n for n, holds in enumerate(same) if not holds), len(first))]
@@ -237,8 +236,8 @@ def _completion(value: str | list[Any], prompt: list[Any], what: str, where: str
     if len(rest) != 1 or rest[0]["role"] != "assistant":
         roles = [message["role"] for message in rest]
         raise ValueError(
-            f"{where} has {what} with messages of {shown(roles)} behind the prompt; what is learned is one message of "
-            "the assistant, so put the others into the prompt"
+            f"{where} has {what} with messages of {shown(roles)} after the prompt; a completion is one message of the "
+            "assistant, so move the others into the prompt"
         )
     return rest[0]["content"]
 
@@ -253,13 +252,12 @@ def _distinct(texts: Sequence[str], where: str) -> None:
 
 def _equal(said: Any, where: str) -> Tie:
     return Tie(
-        f"{where} has two equal completions {shown(said)}, of which none is better; leave one out, or set unusable to "
-        "drop"
+        f"{where} has two equal completions {shown(said)}, so neither is better; remove one, or set unusable to drop"
     )
 
 
 def _tie(where: str) -> Tie:
-    return Tie(f"{where} has a tie, of which no side is better; leave it out, or set unusable to drop")
+    return Tie(f"{where} has a tie, so neither completion is better; remove the row, or set unusable to drop")
 
 
 def _weight(record: Row, where: str) -> dict[str, float]:
@@ -320,7 +318,7 @@ def _rating(record: Row, where: str, asked: Asked) -> list[Judged]:
 def _within(value: float, what: str, where: str, asked: Asked) -> float:
     low, high = asked.lowest, asked.highest
     if (low is not None and value < low) or (high is not None and value > high):
-        raise ValueError(f"{where} has {what} {value:g}, outside of [{low}, {high}]; repair it, or the bounds")
+        raise ValueError(f"{where} has {what} {value:g}, outside of [{low}, {high}]; correct it, or the bounds")
     return value
 
 
@@ -332,7 +330,7 @@ def _label(record: Row, where: str, asked: Asked) -> list[Judged]:
         with contextlib.suppress(ValueError):
             value = float(value)
     if not isinstance(value, (bool, int, float)) or not 0 <= value <= 1:
-        raise ValueError(f"{where} has label {shown(value)}; it must be true or false, 1 or 0, or a share between")
+        raise ValueError(f"{where} has label {shown(value)}; it must be true, false, or a number between 0 and 1")
     return [Judged(prompt, text, {"preferred": float(value), **_weight(record, where)})]
 
 
@@ -341,7 +339,7 @@ def _steps(record: Row, where: str, asked: Asked) -> list[Judged]:
     if not isinstance(steps, list) or not isinstance(labels, list) or len(steps) != len(labels) or not steps:
         raise ValueError(f"{where} has {shown(steps)} as steps and {shown(labels)} as labels; give lists of one length")
     if "" in steps:
-        raise ValueError(f"{where} has an empty step, which has no last token to be labelled; leave it out")
+        raise ValueError(f"{where} has an empty step, which has no last token for its label; remove it")
     pairs = tuple(
         (_is_text(step, "step", where), _step_label(label, where)) for step, label in zip(steps, labels, strict=True)
     )
@@ -383,7 +381,7 @@ def _verdict(record: Row, where: str, asked: Asked) -> list[Judged]:
 
 
 def _filled(text: str, values: Mapping[str, str]) -> str:
-    """A format with its places filled in one pass: a value that holds a place itself is left as it is."""
+    """A format with its placeholders replaced in one pass, so that placeholders inside values are not replaced."""
     return re.sub(r"\{(\w+)\}", lambda found: values.get(found[1], found[0]), text)
 
 

@@ -1,6 +1,6 @@
-"""The order of rows in the steps of a run: a pure function of (seed, step), of one set or a weighted mixture.
+"""The order of rows in the steps of a run: a pure function of (seed, step), for one data set or a weighted mixture.
 
-Nothing is remembered between steps, and nothing depends on the number of hosts: each reads whole batches.
+There is no state between steps, and no dependence on the number of hosts: each host reads whole batches.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ Batch = TypeVar("Batch")
 
 @dataclass(frozen=True)
 class Batches(Generic[Batch]):
-    """Batches by step, without end: `batches[step]` is the same whatever was read before.
+    """An infinite sequence of batches: `batches[step]` does not depend on earlier reads.
 
-    Each epoch has its own order. Rows that do not fill a whole batch at the end of an epoch wait for another epoch, so
-    that no step holds the same prompt twice.
+    Each epoch has its own order. Rows at the end of an epoch that do not fill a batch are not used in this epoch, so
+    that no step has the same prompt twice.
 
     Attributes:
       dataset: the grain pipeline.
       steps_per_epoch: batches in one pass over the data.
       kept: items in the data.
-      dropped: items left out because they are too long.
-      chosen: (numbers of items) -> a batch of those, in their order; None where items are not numbered.
+      dropped: items dropped because they are too long.
+      chosen: (numbers of items) -> a batch of these items, in this order; None if items are not numbered.
     """
 
     dataset: Any
@@ -51,19 +51,19 @@ def shuffled_batches(
     """Batches of rows by step, in a new order each epoch.
 
     Args:
-      rows: what is batched.
-      dropped: what was left out before.
+      rows: all rows.
+      dropped: number of items that were dropped before.
       batch: rows -> a batch.
-      size_name, size: rows of a batch, and what messages call that.
+      size_name, size: the number of rows in a batch, and its name in messages.
       seed: of the orders.
 
     Raises:
-      ValueError: for fewer rows than a batch holds.
+      ValueError: for fewer rows than a batch needs.
     """
     require_positive(size_name, size)
     if len(rows) < size:
         raise ValueError(
-            f"{size_name} is {size}, but the source has only {len(rows)} items that fit; a step never holds the same "
+            f"{size_name} is {size}, but the source has only {len(rows)} items that fit; a step never has the same "
             f"prompt twice, so lower {size_name} or generate more items"
         )
     import grain  # takes a while to import
@@ -80,14 +80,13 @@ def mixed_batches(
     size: int,
     seed: int,
 ) -> Batches[Batch]:
-    """Batches of rows of several sources by step, in shares that follow weights.
+    """Batches of rows from several sources by step, in proportion to their weights.
 
-    Any stretch of rows has of each source its share of the weights, to within a row. Each source has its own order,
-    which is new each time that it is used up, whatever the others are; a row of a small one may stand in a batch more
-    than once.
+    Any consecutive rows have the share of each source to within one row. Each source has its own order, independent of
+    the other sources and new in each pass over it; a row of a small source may occur more than once in a batch.
 
     Args:
-      sources: name -> (rows, weight); each has a row at least.
+      sources: name -> (rows, weight); each has at least one row.
       dropped, batch, size_name, size, seed: as for `shuffled_batches`.
     """
     require_positive(size_name, size)

@@ -1,6 +1,6 @@
 """From items to batches of tokens. A position in the data is one integer: `batches[step]` is a pure function of step.
 
-Everything is encoded and checked before the first batch is made, so a prompt that is too long speaks at the start.
+All items are encoded and checked before the first batch, so a prompt that is too long is reported at the start.
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ class SupervisedBatch(NamedTuple):
       items: the records behind the rows.
       source: [B, T] a `Source` for each token.
       mask: [B, T] 1 on the tokens that are trained on.
-      turn: [B, T] index of the turn of each token, 0 where one completion is all; an observation belongs to the turn
-        that it answers.
+      turn: [B, T] index of the turn of each token, 0 for a single turn; an observation has the index of the turn before
+        it.
     """
 
     prompt_tokens: np.ndarray
@@ -101,30 +101,30 @@ def prompt_batches(
 ) -> Batches[PromptBatch]:
     """Batches of prompts for sampling, in a new order each epoch.
 
-    Of fewer items than a batch holds, each comes several times; `repeat` of the prompts numbers its copies, so that
-    each has samples of its own.
+    If there are fewer items than prompts in a batch, items are repeated; `repeat` of the prompts numbers the copies, so
+    that their samples differ.
 
-    What stands around a body in the prompt is the tokenizer's affair.
+    The tokenizer adds the text around a body in the prompt.
 
     Args:
-      source: `DataSet`, `ProblemSet`, or any sequence of `Item`s or of mappings with `body` and `answer`. Of a mixture,
-        prompts have a `source_id`, and come in the shares of its weights.
-      tokenizer: turns text into ids.
+      source: `DataSet`, `ProblemSet`, or any sequence of `Item`s or of mappings with `body` and `answer`. Prompts of a
+        mixture have a `source_id`, and are drawn in proportion to its weights.
+      tokenizer: text -> ids.
       prompts_per_step: rows in a batch.
       max_prompt_tokens: width of the prompts.
       max_answer_tokens: width of the reference answers.
       seed: seed of the orders.
-      overlong: what becomes of an item that does not fit: "error", or "drop" (and count).
-      max_demonstration_tokens: width of the reference completions that come with the prompts; None leaves them out.
-      scratchpad: those completions with the think part, or the direct variant.
-      widths: of the prompts; a batch has the smallest one that holds all of its prompts. None for `max_prompt_tokens`
-        alone.
+      overlong: for items that do not fit: "error", or "drop" (and count).
+      max_demonstration_tokens: width of the reference completions in the batch; None for no reference completions.
+      scratchpad: reference completions have the think part; otherwise they are the direct variant.
+      widths: allowed widths of prompts; a batch has the smallest one that fits all of its prompts. None is only
+        `max_prompt_tokens`.
       prompt_columns: columns of the records whose texts are further prompts of the same problem. They are encoded like
         the prompt, as `<column>_tokens` and `<column>_length` of the prompts.
-      numbered: prompts know the number of their `item` in the source, and `Batches.chosen` makes batches of any.
+      numbered: prompts have the number of their `item` in the source, and `Batches.chosen` makes batches of any items.
 
     Raises:
-      ValueError: for an item that is too long, no items at all, or numbered items of which some are left out.
+      ValueError: for an item that is too long, no items, or numbered items of which some are dropped.
     """
     limits = (max_prompt_tokens, max_answer_tokens)
     rows, dropped = encoded_rows(source, tokenizer, answer_ids(tokenizer), "answer", limits, overlong)
@@ -135,8 +135,8 @@ def prompt_batches(
         rows, dropped = kept, dropped + len(rows) - len(kept)
     if numbered and dropped:
         raise ValueError(
-            f"{dropped} prompts are too long and would be dropped, but data.selection numbers the items; take them out "
-            "of the data, or raise the limits"
+            f"{dropped} prompts are too long and would be dropped, but data.selection needs all items; remove them "
+            "from the data, or raise the limits"
         )
     written: dict[int, Row] = {}
     if max_demonstration_tokens is not None:
@@ -185,7 +185,7 @@ def prompt_batches(
 def _in_order(
     source: Any, rows: list[Row], dropped: int, batch: Callable[..., PromptBatch], prompts_per_step: int, seed: int
 ) -> Batches[PromptBatch]:
-    """The batches of a mixture with weights, of few rows, or of many."""
+    """The batches of a weighted mixture, of fewer rows than a batch has, or of more rows."""
     several, name = partial(_counted, batch), "prompts_per_step"
     require_positive(name, prompts_per_step)
     if getattr(source, "weights", ()):
@@ -197,7 +197,7 @@ def _in_order(
 
 
 def _counted(batch: Callable[..., PromptBatch], chosen: Sequence[Row]) -> PromptBatch:
-    """A batch of rows that may be the same: each copy has its number."""
+    """A batch of rows with repetitions, whose copies are numbered."""
     seen: Counter[int] = Counter()
     copies = []
     for row in chosen:
@@ -210,20 +210,20 @@ def _pools(source: Any, rows: Sequence[Row]) -> dict[str, tuple[list[Row], float
     """The rows of each source of a mixture with its weight.
 
     Raises:
-      ValueError: where no row of one is left.
+      ValueError: if a source has no row that fits.
     """
     pools = {}
     for name, weight in zip(source.sources, source.weights, strict=True):
         pools[name] = ([row for row in rows if row.item["data_source"] == name], weight)
         if not pools[name][0]:
-            raise ValueError(f"no prompt of source {name} fits; raise the limits, or leave the source out")
+            raise ValueError(f"no prompt of source {name} fits; raise the limits, or remove the source")
     return pools
 
 
 def _in_other_words(
     rows: Sequence[Row], column: str, tokenizer: Tokenizer, limits: tuple[int, int], overlong: Overlong
 ) -> dict[int, Row]:
-    """Rows whose prompts are what a column of their records says, by the id of the item."""
+    """Rows with the texts of a column as their prompts, by the id of the item."""
     told = []
     for row in rows:
         text = row.item.get(column) or row.item.get("raw", {}).get(column)
@@ -277,15 +277,15 @@ def supervised_batches(
 
     Args:
       source: as for `prompt_batches`.
-      tokenizer: turns text into ids.
+      tokenizer: text -> ids.
       sequences_per_step: rows in a batch.
       max_prompt_tokens: width of the prompts.
       max_completion_tokens: width of the completions.
       seed: seed of the orders.
-      scratchpad: completions with the think part, or the direct variant; `Task.scratchpad` of the task that made them.
-        A record with a `response` is completed by that, whatever the variant.
-      overlong: what becomes of an item that does not fit: "error", or "drop" (and count).
-      segments: record -> its reference conversation, which takes the place of the completion; `Task.segments`.
+      scratchpad: completions have the think part; otherwise they are the direct variant (`Task.scratchpad`). The
+        `response` of a record, if there is one, is the completion in both cases.
+      overlong: for items that do not fit: "error", or "drop" (and count).
+      segments: record -> its reference conversation, used instead of a completion; `Task.segments`.
 
     Raises:
       ValueError: for an item that is too long, or fewer items than `sequences_per_step`.
@@ -336,9 +336,9 @@ def evaluation_batches(
     overlong: Overlong = "error",
     widths: Sequence[int] | None = None,
 ) -> list[EvaluationBatch]:
-    """All items once, in order, in batches of one size; the last is filled up with rows of weight 0.
+    """All items once, in order, in batches of one size; the last batch is padded with rows of weight 0.
 
-    Prompts are `max_prompt_tokens` wide, or as wide as the smallest of `widths` that holds those of the batch.
+    Prompts have the width `max_prompt_tokens`, or the smallest of `widths` that fits the prompts of the batch.
     """
     limits = (max_prompt_tokens, max_answer_tokens)
     rows, _ = encoded_rows(items, tokenizer, answer_ids(tokenizer), "answer", limits, overlong)
@@ -359,12 +359,12 @@ def _width(rows: Sequence[Row], max_prompt_tokens: int, widths: Sequence[int] | 
 
 
 def _reference(item: Record, scratchpad: bool) -> str:
-    """Reference completion of a record, without end of sequence, which each tokenizer spells in its own way."""
+    """Reference completion of a record, without end of sequence, which the tokenizer adds."""
     if "response" not in item:
         return reference_response(item, scratchpad).removesuffix("<eos>")
     if not item["response"]:
         raise ValueError(
-            "the record has no reference completion to learn from; name the column that holds one "
+            "the record has no reference completion to learn from; set the column of reference completions "
             "(data.fields={response: COLUMN}), or skip the supervised steps (warm_start.steps=0)"
         )
     return item["response"]

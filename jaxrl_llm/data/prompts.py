@@ -1,8 +1,8 @@
 """From a record to the tokens of its prompt and of a completion: by a chat template, or by a plain format.
 
-A policy is trained behind the very prompt that it is sampled from. A template adds to that prompt what it writes around
-an answer; where it renders prompt or answer differently once the answer is known, the completion is the answer's own
-text with the end of the turn, as it would have been sampled.
+A policy is trained on completions after exactly the prompt that it is sampled from. A completion is the text that the
+template adds to this prompt. If the template renders the prompt or the answer differently when the answer is given, the
+completion is the text of the answer with the end of the turn, as the policy would have sampled it.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from jaxrl_llm.data.chat import ChatTemplate, Message, rewritten_turn
 
 Record = Mapping[str, Any]
 PLACE = "{body}"
-# An answer that no template takes apart.
+# An answer that templates do not change.
 _PROBE = "so it is"
 
 
 class Encoder(Protocol):
-    """What a prompt format asks of a tokenizer."""
+    """The interface of a tokenizer for prompt formats."""
 
     @property
     def prefix_ids(self) -> tuple[int, ...]: ...
@@ -40,10 +40,10 @@ class PromptFormat(Protocol):
 
 @dataclass(frozen=True)
 class PlainPrompts:
-    """What the tokenizer puts in front of every text, then a format with the body in its place.
+    """The prefix ids of the tokenizer, then a format with the record's body in it.
 
     Attributes:
-      format: text with `{body}` where the record's body goes; other braces stand for themselves.
+      format: text with `{body}` where the record's body goes; other braces are plain text.
     """
 
     format: str = PLACE
@@ -56,26 +56,26 @@ class PlainPrompts:
         if "messages" in item:
             raise ValueError(
                 f"the record is a conversation of {len(item['messages'])} messages, which a plain prompt "
-                "format cannot hold; use the chat template, or map a single prompt field"
+                "format does not support; use the chat template, or map a single prompt field"
             )
         return [*encoder.prefix_ids, *encoder.encode(formatted(self.format, item["body"], item))]
 
     def completion_ids(self, encoder: Encoder, item: Record, text: str) -> list[int]:
-        """Tokens of a completion with its end of sequence. It is encoded alone, as it is sampled."""
+        """Tokens of a completion with its end of sequence, encoded separately from the prompt, as it is sampled."""
         del item
         return [*encoder.encode(text), encoder.eos_ids[0]]
 
 
 @dataclass(frozen=True, eq=False)
 class ChatPrompts:
-    """A conversation rendered by a chat template, ending where the assistant speaks.
+    """A conversation rendered by a chat template, ending with the header of the assistant's turn.
 
     Attributes:
       template: the template with its variables.
-      system_prompt: first message of conversations that have no system message of their own; None for none.
+      system_prompt: first message of conversations without a system message; None for none.
       format: text of the last user message, with `{body}` where its content goes.
       rewritten_history: "error" refuses a conversation whose earlier assistant turns the template changes; "allow"
-        takes it as the template renders it, which is sound where only the last turn is trained on.
+        uses it as the template renders it, which is correct if only the last turn is trained on.
     """
 
     template: ChatTemplate
@@ -89,7 +89,7 @@ class ChatPrompts:
             raise ValueError(f"rewritten_history is {self.rewritten_history!r}; it must be 'error' or 'allow'")
 
     def messages(self, item: Record) -> list[Message]:
-        """The conversation of a record, up to the turn of the assistant that is to come."""
+        """The conversation of a record before the assistant's turn."""
         given: list[Message] = list(item.get("messages") or [{"role": "user", "content": item["body"]}])
         if given[-1]["role"] == "user":
             given[-1] = {**given[-1], "content": formatted(self.format, given[-1]["content"], item)}
@@ -109,9 +109,9 @@ class ChatPrompts:
             if turn is not None:
                 raise ValueError(
                     f"the chat template renders message {turn} of the conversation, "
-                    f"{str(messages[turn].get('content'))[:80]!r}, otherwise than it was said (for example without "
-                    "its reasoning); use a template that keeps earlier turns, leave the item out, or set "
-                    "rewritten_history to 'allow' to take the conversation as the template renders it"
+                    f"{str(messages[turn].get('content'))[:80]!r}, with changes (for example without its reasoning); "
+                    "use a template that keeps earlier turns, remove the item, or set rewritten_history to 'allow' to "
+                    "use the conversation as the template renders it"
                 )
         return encoder.encode(self.template.rendered(messages, add_generation_prompt=True))
 
@@ -119,17 +119,17 @@ class ChatPrompts:
         """Tokens of a completion with the end of the assistant's turn.
 
         Raises:
-          ValueError: if the turn does not end with an end of sequence, or the text holds one.
+          ValueError: if the turn does not end with an end of sequence, or the text contains one.
         """
         return _ended(completion_tokens(self.template, encoder, self.messages(item), text), encoder, text)
 
 
 def completion_tokens(template: ChatTemplate, encoder: Encoder, messages: Sequence[Message], text: str) -> list[int]:
-    """What follows the tokens of a prompt when the assistant says `text`.
+    """The tokens after the prompt for the answer `text` of the assistant.
 
-    It is what the template adds to the prompt, if the prompt's tokens come first and the text is all there but for
-    white space. Some templates open the turn with a thought, or drop the thought of an answer that is known; then it is
-    the text and the end of the turn, encoded alone.
+    They are the tokens that the template adds to the prompt, if the result starts with the tokens of the prompt and
+    contains the whole text, up to white space. Otherwise (some templates add a thought to the header, or drop the
+    thought of a given answer) they are the text and the end of the turn, encoded separately.
     """
     prompt_text = template.rendered(messages, add_generation_prompt=True)
     whole_text = _answered(template, messages, text)
@@ -160,23 +160,19 @@ def require_turn(prompts: ChatPrompts, encoder: Encoder) -> None:
     if asked == prompts.template.rendered(messages) and added and not added.lstrip().startswith(text):
         header = added.partition(text)[0]
         raise ValueError(
-            f"the chat template ignores add_generation_prompt: it opens the assistant's turn with {header!r} only once "
-            "the answer is known, so the policy would have to sample this header; add "
+            f"the chat template ignores add_generation_prompt: it writes the header {header!r} of the assistant's turn "
+            "only when the answer is given, so the policy would have to sample this header; add "
             f"{{% if add_generation_prompt %}} with {header!r} to the template"
         )
 
 
 def formatted(format: str, body: str, item: Record) -> str:
-    """A body in its template and format, behind the record's solved examples, where the record has any."""
+    """A body in its template and format, after the solved examples of the record, if it has any."""
     return item.get("prefix", "") + format.replace(PLACE, item.get("wording", PLACE).replace(PLACE, body))
 
 
 def require_place(name: str, text: str) -> None:
-    """Refuse a format that has no place for the body.
-
-    Raises:
-      ValueError: with the remedy.
-    """
+    """Raises ValueError if a format has no place for the body."""
     if PLACE not in text:
         found = re.findall(r"\{\w+\}", text)
         instead = f", for example {text.replace(found[0], PLACE)!r}" if found else f", for example {text + PLACE!r}"
@@ -184,14 +180,14 @@ def require_place(name: str, text: str) -> None:
 
 
 def _ended(completion: list[int], encoder: Encoder, text: str) -> list[int]:
-    """The completion up to and with its first end of sequence: what stands behind it is never sampled."""
+    """The completion up to its first end of sequence, inclusive: text after it is never sampled."""
     for place, token in enumerate(completion):
         if token in encoder.eos_ids:
             after = encoder.decode(completion[place + 1 :])
             if after.strip():
                 raise ValueError(
-                    f"the completion {text[:80]!r} holds an end of sequence before its end: {after[:40]!r} would never "
-                    "be sampled; take the special token out of the text"
+                    f"the completion {text[:80]!r} has an end of sequence before its end: {after[:40]!r} would never "
+                    "be sampled; remove the special token from the text"
                 )
             return completion[: place + 1]
     decoded, said = encoder.decode(completion), text.strip()
@@ -199,7 +195,7 @@ def _ended(completion: list[int], encoder: Encoder, text: str) -> list[int]:
     if tail.strip():
         raise ValueError(
             f"the chat template ends the assistant's turn with {tail!r}, but none of its tokens ends a sequence (ids "
-            f"{list(encoder.eos_ids)}), so the policy would never stop there; add the id to eos_token_id in "
+            f"{list(encoder.eos_ids)}), so sampling would never stop there; add the id to eos_token_id in "
             "generation_config.json"
         )
     return [*completion, encoder.eos_ids[0]]

@@ -1,16 +1,16 @@
-"""Rows of data sets, whatever they are stored as: each is a mapping of columns, in an order that never changes.
+"""Rows of data sets in several file formats; each row is a mapping of columns, and their order is always the same.
 
-    rows.jsonl, rows.json       an object a line, or one list
+    rows.jsonl, rows.json       one object per line, or one list
     rows.csv, rows.tsv          a line with the names of the columns, then cells of text
     rows.parquet                needs the extra parquet
-    DIRECTORY                   files of one of these formats in the order of their names; or what `save_to_disk` of
-                                Hugging Face's datasets wrote (extra parquet)
+    DIRECTORY                   files of one of these formats in the order of their names; or the output of
+                                `save_to_disk` of Hugging Face's datasets (extra parquet)
     tfds:NAME/CONFIG:VERSION    prepared by tensorflow-datasets as ArrayRecord, under TFDS_DATA_DIR or
                                 ~/tensorflow_datasets; also tfds:DIRECTORY. Needs no TensorFlow
-    hf:OWNER/NAME/CONFIG        of the Hugging Face hub (extra datasets)
+    hf:OWNER/NAME/CONFIG        from the Hugging Face hub (extra datasets)
 
-`@SPLIT` behind one of the last three takes a split of it, such as tfds:NAME@train[:80%]. Files of a directory whose
-names all begin with train, validation (valid, val, dev) or test are such splits, too.
+`@SPLIT` after one of the last three selects a split, such as tfds:NAME@train[:80%]. Files of a directory are splits if
+all their names begin with train, validation (valid, val, dev) or test.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ class Row(NamedTuple):
     """One row.
 
     Attributes:
-      number: from 1; of a file of lines, that of the line.
-      where: what a message calls it, such as "line 3".
-      columns: name -> value, of plain Python; what is no mapping is refused by whoever reads it, and a ValueError says
-        why the row cannot be read.
+      number: from 1; the line number in a file of lines.
+      where: its location for messages, such as "line 3".
+      columns: name -> value, of plain Python; a ValueError with the reason if the row cannot be read. It may be another
+        value than a mapping, which the caller must refuse.
     """
 
     number: int
@@ -49,12 +49,12 @@ class Row(NamedTuple):
 
 
 class Stored(NamedTuple):
-    """A data set before it is read.
+    """A data set that can be read.
 
     Attributes:
-      path: what names it.
-      splits: names of its splits; empty where it is one.
-      read: (name of a split, "" where there are none) -> its rows, and a hash of their content.
+      path: its path or name, as given.
+      splits: names of its splits; empty if it has none.
+      read: (name of a split, "" if there are none) -> its rows, and a hash of their content.
     """
 
     path: str
@@ -62,14 +62,14 @@ class Stored(NamedTuple):
     read: Callable[[str], tuple[list[Row], str]]
 
     def own(self, split: str) -> str | None:
-        """Its name of a split (train, validation or test); None where it has no such split."""
+        """Its own name for a split (train, validation or test); None if it has no such split."""
         return next((name for name in _CALLED[split] if name in self.splits), None)
 
     def rows(self, split: str = "train") -> tuple[list[Row], str]:
-        """Rows of a split, all of them where there are none, and a hash of their content.
+        """(rows of a split, or all rows of a data set without splits; a hash of their content).
 
         Raises:
-          ValueError: where there are others, or it cannot be read.
+          ValueError: if there are only other splits, or the data cannot be read.
         """
         if not self.splits:
             return self.read("")
@@ -82,10 +82,10 @@ class Stored(NamedTuple):
 
 
 def stored(path: str | Path) -> tuple[Stored, str | None]:
-    """(the data set that a path names, its split behind `@`; None where none is named).
+    """(the data set at a path, its split after `@` or None).
 
     Raises:
-      ValueError: for what is not there, or is of no known format.
+      ValueError: for missing data, or an unknown format.
     """
     text = str(path)
     if Path(text).expanduser().exists():
@@ -95,20 +95,20 @@ def stored(path: str | Path) -> tuple[Stored, str | None]:
 
 
 def rows_of(path: str | Path) -> tuple[list[Row], str]:
-    """All rows that a path names (of several splits, those behind `@`, else train), and a hash of their content.
+    """(all rows at a path, a hash of their content); of several splits, the one after `@`, else train.
 
     Raises:
-      ValueError: as for `stored`, or where it cannot be read.
+      ValueError: as for `stored`, or if the data cannot be read.
     """
     found, split = stored(path)
     return found.rows(split or "train")
 
 
 def first_row(path: str | Path) -> Any:
-    """The columns of the first row that a path names; of a JSONL file, no other line is parsed.
+    """The columns of the first row at a path; of a JSONL file, only this line is parsed.
 
     Raises:
-      ValueError: as for `rows_of`, or where there is none.
+      ValueError: as for `rows_of`, or if there are no rows.
     """
     file = Path(path).expanduser()
     if _FORMATS.get(file.suffix.lower(), _json) is _json and file.is_file():
@@ -117,18 +117,18 @@ def first_row(path: str | Path) -> Any:
         rows = rows_of(path)[0]
     for row in rows:
         return row.columns
-    raise ValueError(f"{path} holds no line; give one row or more")
+    raise ValueError(f"{path} has no rows; give a file with at least one row")
 
 
 def row_objects(path: str | Path, what: str) -> tuple[list[tuple[str, Mapping[str, Any]]], str]:
-    """((where it stands, columns) of every row that a path names, a hash of them).
+    """((location for messages, columns) of every row at a path, a hash of the rows).
 
     Args:
-      path: what `stored` takes.
-      what: the option that named it, for messages.
+      path: as for `stored`.
+      what: the option with the path, for messages.
 
     Raises:
-      ValueError: for what cannot be read, holds nothing, or has a row that is no mapping.
+      ValueError: for data that cannot be read or are empty, or a row that is not a mapping.
     """
     try:
         rows, digest = rows_of(path)
@@ -140,10 +140,10 @@ def row_objects(path: str | Path, what: str) -> tuple[list[tuple[str, Mapping[st
         if isinstance(row.columns, ValueError):
             raise ValueError(f"{where}: {row.columns}")
         if not isinstance(row.columns, Mapping):
-            raise ValueError(f"{where} holds a {type(row.columns).__name__}, not an object")
+            raise ValueError(f"{where} has a {type(row.columns).__name__}, not an object")
         objects.append((where, row.columns))
     if not objects:
-        raise ValueError(f"{path} holds no line; give one row or more")
+        raise ValueError(f"{path} has no rows; give a file with at least one row")
     return objects, digest
 
 
@@ -163,7 +163,7 @@ def _stored(path: str) -> Stored:
 
 
 def _read(files: Sequence[Path]) -> tuple[list[Row], str]:
-    """Rows of files, one behind the other."""
+    """The concatenated rows of files."""
     rows: list[Row] = []
     digests = []
     for file in files:
@@ -181,33 +181,33 @@ def _json(file: Path, content: bytes) -> Iterable[Row]:
     called = place(content)
     for number, value in elements(file, content):
         unread = isinstance(value, ValueError)
-        yield Row(number, f"{called} {number}", ValueError(f"no JSON: {value}") if unread else value)
+        yield Row(number, f"{called} {number}", ValueError(f"not JSON: {value}") if unread else value)
 
 
 def _csv(file: Path, content: bytes) -> list[Row]:
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"data file {file} is no text in UTF-8 ({error}); save it as UTF-8") from None
+        raise ValueError(f"data file {file} is not text in UTF-8 ({error}); save it as UTF-8") from None
     first = text.partition("\n")[0]
     delimiter = "\t" if file.suffix.lower() == ".tsv" else max(",;\t", key=first.count)
-    longest = csv.field_size_limit(max(len(text), 1))  # of the whole process
+    longest = csv.field_size_limit(max(len(text), 1))  # a global setting, restored below
     try:
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
         names = next(reader, [])
         if "" in names or len(set(names)) < len(names):
             raise ValueError(
-                f"data file {file} has the columns {names}; its first line must give each a name of its own"
+                f"data file {file} has the columns {names}; its first line must give each column a unique name"
             )
         rows = []
         for cells in reader:
             if cells:
-                wrong = ValueError(f"{len(cells)} cells, but the first line names {len(names)} columns")
+                wrong = ValueError(f"{len(cells)} cells, but the first line has {len(names)} columns")
                 columns = dict(zip(names, cells, strict=True)) if len(cells) == len(names) else wrong
                 rows.append(Row(len(rows) + 1, f"line {reader.line_num}", columns))
         return rows
     except csv.Error as error:
-        raise ValueError(f"data file {file}, line {reader.line_num} is no CSV: {error}; repair the line") from None
+        raise ValueError(f"data file {file}, line {reader.line_num} is not CSV: {error}; repair the line") from None
     finally:
         csv.field_size_limit(longest)
 
@@ -217,7 +217,7 @@ def _parquet(file: Path, content: bytes) -> list[Row]:
     try:
         return _numbered(parquet.read_table(io.BytesIO(content)).to_pylist())
     except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"data file {file} is no Parquet file: {error}; copy it again") from None
+        raise ValueError(f"data file {file} is not a Parquet file: {error}; copy it again") from None
 
 
 _FORMATS: Mapping[str, Callable[[Path, bytes], Iterable[Row]]] = {
@@ -239,9 +239,9 @@ def _directory(path: str, place: Path) -> Stored:
         return _prepared(path, path)
     files = sorted(file for file in place.iterdir() if file.suffix.lower() in _FORMATS and file.name[0] not in "._")
     if not files:
-        raise ValueError(f"{path} is a directory without any file of {', '.join(_FORMATS)}; give one with rows in it")
+        raise ValueError(f"{path} is a directory without files of {', '.join(_FORMATS)}; give one with data files")
     if len(kinds := {file.suffix.lower() for file in files}) > 1:
-        raise ValueError(f"{path} holds files of {', '.join(sorted(kinds))}; keep those of one format in it")
+        raise ValueError(f"{path} has files of {', '.join(sorted(kinds))}; keep only files of one format")
     of = {split: [f for f in files if f.stem.lower().startswith(names)] for split, names in _CALLED.items()}
     if sum(map(len, of.values())) < len(files):
         return Stored(path, (), lambda split: _read(files))
@@ -249,7 +249,7 @@ def _directory(path: str, place: Path) -> Stored:
 
 
 def _saved(place: Path) -> tuple[list[Row], str]:
-    """What `save_to_disk` of Hugging Face's datasets wrote."""
+    """Rows of a directory that `save_to_disk` of Hugging Face's datasets wrote."""
     pyarrow, ipc = imported("pyarrow", "parquet"), imported("pyarrow.ipc", "parquet")
     names = [each["filename"] for each in json_object(place / "state.json").get("_data_files", ())]
     values: list[Any] = []
@@ -262,11 +262,11 @@ def _saved(place: Path) -> tuple[list[Row], str]:
     return _hashed(values)
 
 
-# ---- data sets that a library keeps -------------------------------------------------------------------------------
+# ---- data sets of libraries ---------------------------------------------------------------------------------------
 
 
 def _prepared(path: str, name: str) -> Stored:
-    """A data set that tensorflow-datasets prepared, read without the code that made it."""
+    """A data set that tensorflow-datasets has prepared, read without the code of its builder."""
     from tensorflow_datasets.core import read_only_builder as reader  # takes a while to import
 
     builder: Any
@@ -276,16 +276,16 @@ def _prepared(path: str, name: str) -> Stored:
             builder = reader.builder_from_directory(str(directory))
         else:
             builder = reader.builder_from_files(name, data_dir=os.path.expanduser(under))
-    except Exception as error:  # several kinds, by what is missing
+    except Exception as error:  # of several types, depending on what is missing
         raise ValueError(
-            f"{path} is no data set that tensorflow-datasets has prepared in {under} ({type(error).__name__}); prepare "
-            "it with tfds build --file_format=array_record, set TFDS_DATA_DIR, or give the directory of the version, "
-            "tfds:DIR/NAME/1.0.0"
+            f"{path} is not a data set that tensorflow-datasets has prepared in {under} ({type(error).__name__}); "
+            "prepare it with tfds build --file_format=array_record, set TFDS_DATA_DIR, or give the directory of the "
+            "version, tfds:DIR/NAME/1.0.0"
         ) from None
     form = builder.info.file_format
     if form is not None and form.value != "array_record":
         raise ValueError(
-            f"{path} is stored as {form.value}, which only TensorFlow reads; prepare it again with "
+            f"{path} is stored as {form.value}, which only TensorFlow can read; prepare it again with "
             "tfds build --file_format=array_record"
         )
 
@@ -315,7 +315,7 @@ def _of_hub(path: str, name: str) -> Stored:
 
 
 def _hashed(values: Sequence[Any]) -> tuple[list[Row], str]:
-    """Values as rows, and a hash of what they hold."""
+    """(values as rows, a hash of their content)."""
     rows, digest = _numbered(values), hashlib.sha256()
     for row in rows:
         digest.update(json.dumps(row.columns, sort_keys=True, default=str).encode() + b"\n")
@@ -334,10 +334,10 @@ def _plain_or_error(value: Any) -> Any:
 
 
 def plain_value(value: Any) -> Any:
-    """A value of another library as Python's own text, numbers, lists and dictionaries, which JSON can hold.
+    """A value of another library as text, numbers, lists and dictionaries of Python, for JSON.
 
     Raises:
-      ValueError: for bytes that are no text, and for values of other kinds.
+      ValueError: for bytes that are not text, and for values of other types.
 
     >>> plain_value({"a": b"text", "b": float("nan")})
     {'a': 'text', 'b': None}
@@ -346,7 +346,7 @@ def plain_value(value: Any) -> Any:
         try:
             return value.decode()
         except UnicodeDecodeError:
-            raise ValueError("a column holds bytes that are no text; leave it out of the data") from None
+            raise ValueError("a column has bytes that are not text; remove it from the data") from None
     if isinstance(value, float):
         return value if abs(value) < float("inf") else None
     if value is None or isinstance(value, str | bool | int):
@@ -361,4 +361,4 @@ def plain_value(value: Any) -> Any:
         return value.isoformat()
     if isinstance(value, decimal.Decimal | datetime.timedelta):
         return str(value)
-    raise ValueError(f"a column holds a {type(value).__name__}, which is neither text nor number; leave it out")
+    raise ValueError(f"a column has a {type(value).__name__}, which is neither text nor a number; remove it")

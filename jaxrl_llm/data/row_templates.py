@@ -1,6 +1,6 @@
-"""Texts and conditions made of the columns of a row, in jinja2's sandbox: `{{ question }}` and `level|int < 3`.
+"""Texts and conditions from the columns of a row, in jinja2's sandbox: `{{ question }}` and `level|int < 3`.
 
-A column that a row does not have is an error, and never an empty text.
+A column that a row does not have is an error, not an empty text.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ def is_template(text: str | None) -> bool:
 
 
 def rendered(template: str, columns: Mapping[str, Any]) -> str:
-    """A template with the columns of a row.
+    """A template rendered with the columns of a row.
 
     Raises:
-      ValueError: for a template that cannot be read, a column that is not there, or what the sandbox forbids.
+      ValueError: for an invalid template, a missing column, or an operation that the sandbox forbids.
 
     >>> rendered("{{ a }} + {{ b }} = ?", {"a": 3, "b": 4})
     '3 + 4 = ?'
@@ -35,11 +35,12 @@ def rendered(template: str, columns: Mapping[str, Any]) -> str:
 
 
 def column_value(columns: Mapping[str, Any], name: str) -> Any:
-    """A column, or what a template makes of several. A name with dots goes into nested objects unless a column has
-    just this name.
+    """The value of a column, or of a template of several columns.
+
+    A name with dots is a path in nested objects, unless a column has exactly this name.
 
     Raises:
-      ValueError: where there is none, or as for `rendered`.
+      ValueError: for a missing column, or as for `rendered`.
 
     >>> column_value({"a": {"b": 3}}, "a.b")
     3
@@ -55,7 +56,7 @@ def column_value(columns: Mapping[str, Any], name: str) -> Any:
 
 
 def holds(condition: str, columns: Mapping[str, Any]) -> bool:
-    """Whether a condition, an expression of jinja2, is true of the columns of a row.
+    """Whether a condition, an expression of jinja2, is true for the columns of a row.
 
     Raises:
       ValueError: as for `rendered`.
@@ -90,5 +91,5 @@ def _compiled(text: str, expression: bool) -> Any:
     try:
         made = environment.compile_expression(text, False) if expression else environment.from_string(text)
     except jinja2.TemplateError as error:
-        raise ValueError(f"{text[:80]!r} is no valid jinja2: {error}; repair it") from None
+        raise ValueError(f"{text[:80]!r} is not valid jinja2: {error}; repair it") from None
     return made

@@ -1,4 +1,4 @@
-"""Which script the tokens of a vocabulary are written in, to see a policy that mixes languages."""
+"""The script (writing system) of each token of a vocabulary, to measure language mixing of a policy."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Int
 
-# By the first word of a letter's Unicode name. Latin and Greek letters are in formulas of every language.
+# Script by the first word of a letter's Unicode name. Latin and Greek are not counted: formulas of all languages use
+# them.
 _SCRIPTS = {"CJK": 1, "HIRAGANA": 1, "KATAKANA": 1, "HANGUL": 2, "CYRILLIC": 3, "ARABIC": 4, "HEBREW": 5, "THAI": 6}
 _SCRIPTS |= {"DEVANAGARI": 7, "BENGALI": 8, "TAMIL": 9, "TELUGU": 10, "GUJARATI": 11, "KANNADA": 12, "MALAYALAM": 13}
 _SCRIPTS |= {"GEORGIAN": 14, "ARMENIAN": 15, "ETHIOPIC": 16, "KHMER": 17, "LAO": 18, "MYANMAR": 19, "SINHALA": 20}
@@ -29,10 +30,10 @@ def script_number(text: str) -> int:
 
 
 def token_scripts(pieces: Sequence[bytes | None]) -> Int[np.ndarray, "V"] | None:
-    """`script_number` of each token of a vocabulary; None where all tokens are Latin.
+    """`script_number` of each token of a vocabulary; None if all are 0.
 
     Args:
-      pieces: bytes of each token; what is no whole letter has no script.
+      pieces: bytes of each token; incomplete characters have no script.
     """
     numbers = np.array([script_number((piece or b"").decode(errors="ignore")) for piece in pieces], np.int32)
     return numbers if numbers.any() else None

@@ -44,10 +44,10 @@ class ProblemSet(Sequence[dict[str, Any]]):
     """Records of one split, read by index as from `DataSet`.
 
     A record has `item_id` (number of its row, from 0), `body` (text of the prompt), `answer` and `response` (reference
-    completion), "" where there is none, `messages` (the prompt's conversation, where the rows have one), the further
-    columns of the row by their names, `raw` (the row as it is), in a mixture `data_source` (name of its source),
-    `prefix` (solved examples before the prompt) where there are any, and with several templates `template` (name of its
-    own) and `wording` (its text).
+    completion), "" if there is none, `messages` (the prompt's conversation, if the rows have one), the further columns
+    of the row by their names, `raw` (the unchanged row), in a mixture `data_source` (name of its source), `prefix`
+    (solved examples before the prompt, if there are any), and with several templates `template` (name of its template)
+    and `wording` (text of the template).
 
     Attributes:
       path: of the data.
@@ -123,11 +123,11 @@ def problem_sets(
             records = [each for each in records if split_of(prompt_key(each)) not in cut]
         if not records:
             raise ValueError(
-                f"no line of {file} falls into the {split} split, which is cut out of it by the hash of prompts, equal "
-                "ones into one split; add lines, or name a file of its own for this split"
+                f"no line of {file} falls into the {split} split, which has the prompts with some values of a hash; "
+                "add lines, or set a separate file for this split"
                 if not dropped
-                else f"no row of {file} is left for the {split} split: {sum(dropped.values())} were left out "
-                f"({', '.join(dropped)}); take conditions out, or give more rows"
+                else f"no row of {file} is left for the {split} split: {sum(dropped.values())} were dropped "
+                f"({', '.join(dropped)}); remove conditions, or give more rows"
             )
         print_of = [digest, asdict(fields), split, cut if split in cut or split == "train" else []]
         if refining != Refining():
@@ -145,7 +145,7 @@ def _kept(
     records, problems = records_of(rows, fields)
     if refining.unusable == "error":
         require_usable(path, records, problems)
-    dropped = {"no prompt or answer that can be read": len(problems)} if problems else {}
+    dropped = {"no readable prompt or answer": len(problems)} if problems else {}
     for condition in refining.where:
         met = []
         for each in records:
@@ -187,7 +187,9 @@ def _disjoint(sets: dict[str, ProblemSet], overlap: str) -> dict[str, ProblemSet
         found[split] = _left(sets[split], "prompt of another split", measured)
         measured |= dict.fromkeys(map(prompt_key, sets[split].records), -1)
         if not found[split].records:
-            raise ValueError(f"every prompt of {sets[split].path} ({split}) stands in another split; give others")
+            raise ValueError(
+                f"every prompt of {sets[split].path} ({split}) is also in another split; give other prompts"
+            )
     return found
 
 
@@ -205,8 +207,8 @@ def _require_disjoint(sets: Mapping[str, ProblemSet]) -> None:
         held = {prompt_key(item): _place(item, sets[split]) for item in sets[split].records}
         for key in held.keys() & seen.keys():
             raise ValueError(
-                f"the prompt {key[:80]!r} stands in {seen[key]} and in {held[key]}; splits must not overlap: take it "
-                "out of one, or set data.overlap to drop, which takes it out of training"
+                f"the prompt {key[:80]!r} is in {seen[key]} and in {held[key]}; splits must not overlap: remove it "
+                "from one, or set data.overlap to drop, which removes it from training"
             )
         seen |= held
 
@@ -222,13 +224,13 @@ def mixture(
     *,
     overlap: Literal["error", "drop", "keep"] = "error",
 ) -> dict[str, ProblemSet]:
-    """Several sources as one; the column `data_source` of a record names its source.
+    """Several sources as one data set; the column `data_source` of a record is the name of its source.
 
     The id of a record depends on its id in its source and on the number of sources, not on their sizes.
 
     Args:
       parts: name of a source -> its splits, the same of each; `ProblemSet`s or `DataSet`s.
-      weights: of the sources in training, in their order; empty takes all records equally often.
+      weights: of the sources in training, in their order; empty uses all records equally often.
       overlap: for splits of different sources, as in `Refining`.
 
     Raises:
@@ -261,10 +263,10 @@ def with_examples(
       count: number of examples: training problems, the first by the hash of their prompts, which are then removed from
           training.
       shown: record -> text of an example.
-      given: records whose first ones are the examples instead.
+      given: records to take the examples from, instead of training problems.
 
     Raises:
-      ValueError: for fewer than `count`.
+      ValueError: for fewer than `count` records.
     """
     of = list(sets["train"] if given is None else given)
     if len(of) < count + (given is None):
@@ -286,10 +288,10 @@ def with_examples(
 
 
 def with_templates(sets: Mapping[str, Sequence[dict[str, Any]]], templates: Mapping[str, str]) -> dict[str, ProblemSet]:
-    """Each training problem once in every template, as separate problems; other splits use the first template alone.
+    """Each training problem once in every template, as separate problems; other splits use only the first template.
 
-    So an epoch has each prompt in all templates, and the samples of a group share one template. If the problems are not
-    a mixture, `data_source` is the template's name, and metrics are reported for each.
+    An epoch thus has each prompt in all templates, and the samples of a group share one template. If the problems are
+    not a mixture, `data_source` is the name of the template, and metrics are reported for each template.
 
     Args:
       sets: splits.
@@ -324,7 +326,7 @@ def with_templates(sets: Mapping[str, Sequence[dict[str, Any]]], templates: Mapp
 def with_column(
     sets: Mapping[str, Sequence[dict[str, Any]]], name: str, text: str, *, of_prompt: bool = True
 ) -> dict[str, ProblemSet]:
-    """Problems with one more column: a text made of their prompts and other columns.
+    """Problems with one more column: a template filled with their prompts and other columns.
 
     Args:
       sets: splits.
@@ -354,7 +356,7 @@ def with_made_column(
       sets: splits.
       name: of the column.
       made: record -> text.
-      described: description of the function; equal descriptions must give equal columns.
+      described: identifies the function; equal descriptions must give equal columns.
 
     Raises:
       ValueError: for conversations, which have no single prompt; errors of `made` are passed on.
@@ -365,7 +367,7 @@ def with_made_column(
         for each in one:
             if "body" not in each:
                 raise ValueError(
-                    f"data.{name} is {described!r}, but conversations have no one prompt to put there; leave it out"
+                    f"data.{name} is {described!r}, but conversations have no single prompt to insert; remove it"
                 )
             records.append({**each, name: made(each)})
         fingerprint = hashlib.sha256(f"{known.fingerprint} {name} {described}".encode()).hexdigest()

@@ -15,21 +15,21 @@ from jaxrl_llm.data.tasks.items import record
 
 @dataclass(eq=False)
 class TaskItemsConfig(tfds.core.BuilderConfig):
-    """The TFDS configuration that carries a specification."""
+    """The TFDS configuration with a specification."""
 
     spec: DataSpec | None = None
 
 
 class TaskItems(tfds.core.GeneratorBasedBuilder):
-    """The TFDS builder of synthetic tasks; `data_set` is the usual way in."""
+    """The TFDS builder of synthetic tasks; `data_set` is the public function."""
 
     VERSION = tfds.core.Version("1.0.0")
-    # TFDS would look for checksums with a package that it does not require. Nothing is downloaded.
+    # With a code path TFDS would look for checksums, which needs a package that TFDS does not require.
     code_path = None
 
     @property
     def spec(self) -> DataSpec:
-        """The specification that the configuration carries."""
+        """The specification in the configuration."""
         config: Any = self.builder_config
         return config.spec
 
@@ -49,7 +49,7 @@ class TaskItems(tfds.core.GeneratorBasedBuilder):
         del dl_manager
         spec = self.spec
         records = [record(item, number) for number, item in enumerate(spec.items())]
-        # The metadata are written with the data, at the end.
+        # TFDS writes the metadata after the data.
         metadata: Any = self.info.metadata
         metadata["fingerprint"] = fingerprint(spec, records)
         return {spec.split: self._generate_examples(records)}

@@ -14,7 +14,7 @@ _WORD_MARK = "\u2581"
 
 @cache
 def _byte_alphabet() -> dict[str, int]:
-    """The printable characters that byte-level tokenizers write bytes with (GPT-2's table)."""
+    """Printable character -> byte, in byte-level tokenizers (GPT-2's table)."""
     shown = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     table = {chr(byte): byte for byte in shown}
     hidden = [byte for byte in range(256) if byte not in shown]

@@ -33,9 +33,9 @@ class CharacterTokenizer:
     r"""One token per character; a control token has a spelling, such as `<t>`, and is a single token.
 
     `<` and `>` are characters too: in a text the longest match wins, so `<a>` is always the control token.
-    `decode(encode(text)) == text` for every text that encodes. The converse does not hold: ids that spell a control
-    token in single characters decode to the same text as the control token. The library therefore never encodes a
-    decoded completion again.
+    `decode(encode(text)) == text` for every text that can be encoded. The converse does not hold: ids that spell a
+    control token in single characters decode to the same text as the control token. The library therefore never encodes
+    a decoded completion again.
 
     >>> tokenizer = CharacterTokenizer()
     >>> tokenizer.decode(tokenizer.encode("<t>1<2</t>"))
@@ -87,11 +87,11 @@ class CharacterTokenizer:
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
-        """The ids that end a completion: end of sequence alone."""
+        """The ids that end a completion: only end of sequence."""
         return (self.eos_id,)
 
     def prompt_ids(self, item: Mapping[str, Any]) -> list[int]:
-        """Tokens of a record's prompt: begin of sequence, solved examples where it has some, body, newline.
+        """Tokens of a record's prompt: begin of sequence, solved examples if it has any, body, newline.
 
         Raises:
           ValueError: for a conversation, which needs a chat template.
@@ -128,7 +128,7 @@ class CharacterTokenizer:
         Raises:
           ValueError: for a character outside the alphabet; names the character and its position.
         """
-        # Most texts hold no control token, and splitting into characters is several times faster than a pattern.
+        # Most texts have no control token, and iterating over characters is several times faster than the pattern.
         pieces = self._pattern.findall(text) if "<" in text else text
         ids = self._ids
         try:
@@ -151,6 +151,6 @@ class CharacterTokenizer:
             if not 0 <= number < len(self.tokens):
                 raise ValueError(
                     f"token id {number} at position {position} is outside of the built-in tokenizer's range "
-                    f"0..{len(self.tokens) - 1}; decode only ids that this tokenizer made"
+                    f"0..{len(self.tokens) - 1}; decode only ids of this tokenizer"
                 )
         return "".join([self.tokens[number] for number in numbers])

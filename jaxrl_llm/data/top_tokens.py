@@ -61,7 +61,7 @@ def _row(record: Mapping[str, Any], where: str) -> Likely:
     texts = [record.get(name) for name in ("prompt", "completion")]
     for name, text in zip(("prompt", "completion"), texts, strict=True):
         if not isinstance(text, str):
-            raise ValueError(f"{where} has {name} {shown(text)}, which is no text; write it in quotes")
+            raise ValueError(f"{where} has {name} {shown(text)}, which is not text; write it in quotes")
     tokens, logprobs = record.get("top_tokens"), record.get("top_logprobs")
     if not (isinstance(tokens, list) and isinstance(logprobs, list) and len(tokens) == len(logprobs) and tokens):
         raise ValueError(
@@ -108,7 +108,7 @@ def likely_batches(
       sequences_per_step: rows per batch.
       max_prompt_tokens, max_completion_tokens: widths.
       seed: of the orders.
-      overlong: "drop" leaves longer rows out and counts them.
+      overlong: "drop" drops and counts longer rows.
 
     Raises:
       ValueError: for a row that is too long, or whose number of distributions is not its number of tokens.

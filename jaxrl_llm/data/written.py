@@ -20,7 +20,7 @@ from jaxrl_llm.data.row_files import row_objects
 from jaxrl_llm.data.stored_reference import NAME as STORED
 from jaxrl_llm.data.stored_reference import reference_row, stored_references
 
-# Names that rows of each kind know, see `jaxrl_llm.fields`; `margin` is known where a row of the file has one.
+# Fields that rows of each kind provide, see `jaxrl_llm.fields`; `margin` only if a row of the file has one.
 PROVIDES: Mapping[str, frozenset[str]] = {
     "pairs": frozenset({"preferred"}),
     "rankings": frozenset({"rank"}),
@@ -37,7 +37,7 @@ class JudgedFile(NamedTuple):
     Attributes:
       groups: completions of one prompt each.
       digest: hash of the file.
-      dropped: rows that were left out, by reason.
+      dropped: number of dropped rows, by reason.
     """
 
     groups: list[list[Judged]]
@@ -66,7 +66,7 @@ def judged_groups(
 ) -> JudgedFile:
     """The groups of a data set, one per row. See `row_files` for the file formats.
 
-        pairs      {"prompt": ..., "chosen": ..., "rejected": ...}, and "margin", "weight" where there are any
+        pairs      {"prompt": ..., "chosen": ..., "rejected": ...}, optionally "margin" and "weight"
         rankings   {"prompt": ..., "completions": [best, ..., worst]}, or in any order with "ranks": [0, 2, 1, ...], 0
                    for the best and equal for ties
         ratings    {"prompt": ..., "completion": ..., "rating": 3.5}
@@ -79,15 +79,15 @@ def judged_groups(
     Args:
       path: of the data set.
       kind: of its rows.
-      columns: name above -> the column that holds it, or a template of several columns, if the file has other names.
+      columns: name above -> column of the file, or a template of several columns, if the file has other names.
       asked: options of ratings and verdicts.
-      unusable: "drop" leaves out, and counts, rows without a better completion: equal completions, and ties.
+      unusable: "drop" drops and counts rows without a better completion: equal completions and ties.
 
     Rankings of different lengths get absent rows, of weight 0.
 
     Raises:
-      ValueError: for what cannot be read, or a row that cannot be used, by file and line; an attribute that no row has;
-        labels that are all of one class.
+      ValueError: for a file that cannot be read, or a row that cannot be used (names file and line); an attribute that
+        no row has; labels that are all of one class.
     """
     if kind not in READERS:
         raise ValueError(f"kind is {kind!r}; it must be one of {', '.join(READERS)}")
@@ -106,7 +106,9 @@ def judged_groups(
         said = stored_references(record, len(rows), where) or [None] * len(rows)
         groups.append([row._replace(where=where, reference=one) for row, one in zip(rows, said, strict=True)])
     if not groups:
-        raise ValueError(f"{path} has {len(objects)} rows, all of which were left out as {' and '.join(dropped)}")
+        raise ValueError(
+            f"{path} has {len(objects)} rows, which were all dropped ({' and '.join(dropped)}); add usable rows"
+        )
     most = max(map(len, groups))
     nothing = Judged("", "", {"rank": -1.0, "weight": 0.0})
     groups = [
@@ -132,8 +134,7 @@ def _require_both_classes(path: str | Path, kind: Kind, groups: Sequence[Sequenc
         raise ValueError(f"{path} has no step with a label; give some of them")
     if labels and len({label > 0.5 for label in labels}) == 1:
         raise ValueError(
-            f"{path} has only labels like {labels[0]:g}; what is to be told apart must be there on both sides, so add "
-            "rows of the other kind"
+            f"{path} has only labels like {labels[0]:g}; training needs both classes, so add rows of the other class"
         )
 
 
@@ -155,10 +156,10 @@ def written_batches(
       groups: from `judged_groups`.
       kind: of the file.
       tokenizer: text -> ids.
-      groups_per_step: in a batch.
+      groups_per_step: groups in a batch.
       max_prompt_tokens, max_completion_tokens: widths; a longer row is an error, or is dropped with its group.
       seed: of the orders.
-      overlong: "error", or "drop" to leave groups out and count them.
+      overlong: "error", or "drop" to drop and count groups.
       flipped: share of the pairs whose label is inverted, drawn by seed and row number, for studies of label noise.
 
     Raises:
@@ -246,6 +247,6 @@ def encoded_completion(
     completion, ends, text = list(tokenizer.completion_ids(item, row.text)), [], ""
     for step, label in row.steps:
         text += step
-        # A step ends at the last token of the text up to its end.
+        # The last token of a step is the last token of the text up to the end of the step.
         ends.append((len(tokenizer.encode(text)), label))
     return prompt, completion, row.values, ends, number

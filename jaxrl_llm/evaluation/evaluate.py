@@ -217,7 +217,9 @@ def make_evaluate(
 
 def require_k(k: Sequence[int], samples: int) -> None:
     """Raise ValueError if there are too few samples per problem for pass@k."""
-    if not k or max(k) > samples or min(k) < 1:
+    if not k or min(k) < 1:
+        raise ValueError(f"k is {list(k)}; give numbers of at least 1")
+    if max(k) > samples:
         raise ValueError(f"k is {list(k)}, but there are {samples} samples a problem; k must not exceed them")
 
 

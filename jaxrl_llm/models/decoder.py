@@ -218,7 +218,7 @@ def _run(blocks, run: Run, shared, carry, router_choices, cache, keep):
         observed = []
         for j, place in enumerate(run.places):
             block = jax.tree.map(lambda leaf, at=place.in_stack: leaf[at], blocks[place.stack])
-            block = _where_they_lie(block, config, place.stack)
+            block = _with_stack_sharding(block, config, place.stack)
             # Where all layers are of one kind, the program knows it; else each reads its own from an array.
             windowed, rotated = (
                 each[j][0] if len(set(each[j])) == 1 else one[j] for each, one in zip(kinds, own, strict=True)
@@ -249,7 +249,7 @@ def _run(blocks, run: Run, shared, carry, router_choices, cache, keep):
     return carry, {name: leaf.reshape(-1, *leaf.shape[2:]) for name, leaf in observed.items()}
 
 
-def _where_they_lie(block_params, config: TransformerConfig, stack: str):
+def _with_stack_sharding(block_params, config: TransformerConfig, stack: str):
     """Parameters of one block of a scan, with the sharding that they have in the stack, also for their gradients.
 
     Without this the compiler sums a gradient over all devices in each iteration, and then keeps only a part of it.

@@ -198,7 +198,9 @@ def expert_mlp(
 
     tokens = x, routing.choices, routing.weights.astype(x.dtype)
     biases = () if gate_up_bias is None or down_bias is None else (gate_up_bias, down_bias)
-    return map_parts(served, (gate_up, down, *biases), tokens, "rows", "positions", part="expert")
+    names = (("expert", None, None, "mlp"), ("expert", "mlp", None), ("expert", None, "mlp"), ("expert", None))
+    parts = (gate_up, down, *biases)
+    return map_parts(served, parts, tokens, "rows", "positions", part_names=names[: len(parts)])
 
 
 def _ragged(x, choices, weights, experts, gated):

@@ -259,7 +259,7 @@ def config_to_json(
             del written["rope_scaling"]
         if "hidden_activation" in family.defaults:
             written["hidden_activation"] = written["hidden_act"]
-        if _says(written, config):
+        if _describes(written, config):
             return written
     raise ValueError(
         "no supported family has this combination of options, so that transformers could not run it; closest is to "
@@ -267,7 +267,7 @@ def config_to_json(
     )
 
 
-def _says(written: Json, config: TransformerConfig) -> bool:
+def _describes(written: Json, config: TransformerConfig) -> bool:
     """Whether reading a `config.json` gives this config."""
     try:
         return not _differences(config, config_from_json(written))

@@ -1,4 +1,4 @@
-"""Layers that a loop can go over: runs of blocks that are alike, or of which every so many are."""
+"""Runs of layers for a scan: consecutive blocks that are equal, or whose pattern repeats with a period."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ class Place:
     """One layer of a period.
 
     Attributes:
-      stack: of its parameters.
-      in_stack: its number among the layers of the period that are of this stack.
-      routed: its number among those with experts; None without.
-      cache: what its cache is among, see `TransformerConfig.caches`.
-      first_cached: its number there in the first period.
-      caches: layers of a period that are there; 0 for a layer that reads what another one has written.
+      stack: name of the stack that has its parameters.
+      in_stack: its index among the layers of this stack in the period.
+      routed: its index among the layers with experts in the period; None for a layer without experts.
+      cache: name of its group of caches, see `TransformerConfig.caches`.
+      first_cached: index of its cache in this group, in the first period.
+      caches: caches of this group in one period; 0 for a layer that reads the cache of another layer.
     """
 
     stack: str
@@ -36,14 +36,14 @@ class Place:
 
 @dataclass(frozen=True)
 class Run:
-    """`repeats` periods of layers, one after the other.
+    """`repeats` consecutive periods of layers.
 
     Attributes:
-      start: number of the first layer.
-      repeats: how often the period stands there.
+      start: index of the first layer.
+      repeats: number of periods.
       places: the layers of a period.
-      stacks: (first, number in a period) of the layers in each stack of parameters.
-      routed: the same among the layers with experts; None where no layer has any.
+      stacks: for each stack of parameters (index of the first layer, layers in a period).
+      routed: the same among the layers with experts; None if no layer has experts.
     """
 
     start: int
@@ -54,15 +54,15 @@ class Run:
 
     @property
     def period(self) -> int:
-        """Layers of a period."""
+        """Number of layers in a period."""
         return len(self.places)
 
     def every(self, values: Sequence[Any]) -> list[list[Any]]:
-        """Of values for all layers those of each place."""
+        """For each layer of the period, its values in all repeats; `values` has one entry per layer of the model."""
         return [list(values[self.start + j :: self.period][: self.repeats]) for j in range(self.period)]
 
     def cut(self, leaf: Array, layers: tuple[int, int]) -> Array:
-        """Of a stacked leaf what belongs to this run, one entry a period."""
+        """The part of a stacked leaf that belongs to this run: [repeats, layers in a period, ...]."""
         first, count = layers
         rows = self.repeats * count
         leaf = leaf if (first, rows) == (0, leaf.shape[0]) else leaf[first : first + rows]
@@ -70,7 +70,7 @@ class Run:
 
 
 def layer_runs(config: TransformerConfig) -> list[Run]:
-    """The layers of a model, in as few loops as they allow."""
+    """The layers of a model as runs, each of which is one scan."""
     names, routed_from = config.stack_of_layer, 0
     seen = dict.fromkeys(config.stacks, 0)
     cached_in = cache_of_layer(config)
@@ -95,7 +95,7 @@ def layer_runs(config: TransformerConfig) -> list[Run]:
 
 
 def in_runs(params: PyTree, config: TransformerConfig) -> PyTree:
-    """Stacked blocks cut into the parts that `layer_runs` loops over; each part is copied where there are several."""
+    """Parameters with the stacked blocks split into the runs of `layer_runs`; several parts are copies."""
     if "runs" in params:
         return params
     runs = tuple(
@@ -106,7 +106,7 @@ def in_runs(params: PyTree, config: TransformerConfig) -> PyTree:
 
 
 def cache_of_layer(config: TransformerConfig) -> list[tuple[str, int]]:
-    """(one of `TransformerConfig.caches`, number in there) of what each layer reads."""
+    """For each layer the cache that it reads: (name in `TransformerConfig.caches`, index in that group)."""
     places = {layer: (name, i) for name, layers in config.caches.items() for i, layer in enumerate(layers)}
     last = {name: (name, len(layers) - 1) for name, layers in config.caches.items()}
     return [
@@ -115,7 +115,7 @@ def cache_of_layer(config: TransformerConfig) -> list[tuple[str, int]]:
 
 
 def periods(names: Sequence[Any]) -> list[tuple[int, int, int]]:
-    """(start, period, repeats) of stretches that follow one another, each as long as can be.
+    """(start, period, repeats) of consecutive periodic segments; each is the longest that starts there.
 
     >>> periods("aaabaaabaa"), periods("aaabbb")
     ([(0, 4, 2), (8, 1, 2)], [(0, 1, 3), (3, 1, 3)])

@@ -18,35 +18,35 @@ def from_linen(module: Any, *, vocabulary_size: int) -> Model:
         __call__(tokens, positions, cache)         (hidden, the filled cache)
         logits(hidden)                             float32 scores of the next symbol
         init_cache(rows, slots)                    an empty cache; reads no parameters
-        expand_cache(cache, samples, extra_slots)  reads no parameters; may be left out
+        expand_cache(cache, samples, extra_slots)  reads no parameters; optional
 
-    A module without `init_cache` has `__call__(tokens, positions)`, which returns the hidden states alone, and decodes
-    by computing everything again. The protocol is that of `from_functions`, which checks it.
+    A module without `init_cache` has `__call__(tokens, positions)`, which returns only the hidden states; decoding
+    then recomputes all positions for each token. `from_functions` describes and checks this protocol.
 
-    The model's params are the module's collection "params". Names that `nn.with_partitioning` gives to axes become the
-    logical axes of its specs.
+    The model's params are the module's collection "params". Axis names of `nn.with_partitioning` become the logical
+    axes of its specs.
 
     Args:
-      module: an instance of `flax.linen.Module`, whose configuration it carries.
+      module: an instance of `flax.linen.Module`.
       vocabulary_size: V.
 
     Raises:
-      ValueError: for anything but a Linen module, for a module that has no `logits`, keeps variables besides its
-        parameters, or does not keep to the protocol.
+      ValueError: if the module is not a Linen module, has no `logits`, has variables other than its parameters, or
+        does not follow the protocol.
     """
-    # Here, so that importing the models does not import Flax's modules.
+    # Imported here because importing Flax's modules takes long.
     from flax import linen as nn
 
     if not isinstance(module, nn.Module):
         kind = f"the class {module.__name__}" if isinstance(module, type) else f"a {type(module).__name__}"
         raise ValueError(
-            f"from_linen was given {kind}; give an instance of flax.linen.Module, or hand the functions of any other "
-            "model to from_functions"
+            f"from_linen got {kind}; give an instance of flax.linen.Module, or use from_functions for the functions of "
+            "another model"
         )
     if not hasattr(module, "logits"):
         raise ValueError(
-            f"{type(module).__name__} has no method logits; give it logits(hidden), which turns hidden states into "
-            "float32 scores, so that they are never computed for all positions at once"
+            f"{type(module).__name__} has no method logits; add logits(hidden), which maps hidden states to float32 "
+            "logits, so that they are computed for a few positions at a time"
         )
     methods: Any = module
     cached = hasattr(methods, "init_cache")
@@ -62,8 +62,8 @@ def from_linen(module: Any, *, vocabulary_size: int) -> Model:
     declared = jax.eval_shape(variables, jax.random.key(0))
     if others := sorted(set(declared) - {"params"}):
         raise ValueError(
-            f"{type(module).__name__} keeps variables in {', '.join(others)} besides its params; a policy is a pure "
-            "function of its parameters, so compute them anew, or make them part of the cache"
+            f"{type(module).__name__} has variables in {', '.join(others)} besides its params; a policy is a pure "
+            "function of its parameters, so compute these values in each call, or store them in the cache"
         )
     boxed = lambda leaf: isinstance(leaf, nn.Partitioned)  # noqa: E731
     axes = jax.tree.map(

@@ -1,7 +1,7 @@
 """Log-probabilities, entropy and vocabulary-wide quantities from one chunked pass over hidden states.
 
-The [B, T, V] tensor never exists: positions are taken a chunk at a time, and the backward pass computes each chunk
-again instead of keeping it. Sampler and trainer both go through `scaled_log_softmax`, so they agree by construction.
+The [B, T, V] tensor is never in memory: positions are processed in chunks, and the backward pass recomputes each chunk.
+Sampler and trainer both use `scaled_log_softmax`, so their log-probabilities agree.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from jaxtyping import Array, Float, Int, PyTree
 from jaxrl_llm.models.model import Model
 from jaxrl_llm.parallel.rules import map_shards, shards
 
-# 2**25 float32 scores are 128 MiB: large enough to fill a matrix unit, small beside any model worth training.
+# 2**25 float32 scores are 128 MiB: large enough for efficient matrix products, small compared to the parameters.
 SCORES_PER_CHUNK = 2**25
 NORMALISER = "normaliser"
 
 
 class TokenStatistics(NamedTuple):
-    """What a chunked pass returns, each [B, T] in float32.
+    """Results of a chunked pass, each [B, T] in float32.
 
     Attributes:
       logprobs: log-probability of the given token.
-      entropy: in nats; None when not asked for.
-      over_vocabulary: one array for each functional that was asked for.
+      entropy: in nats; None if it was not requested.
+      over_vocabulary: one array for each requested functional.
     """
 
     logprobs: Float[Array, "B T"]
@@ -39,10 +39,10 @@ class TokenStatistics(NamedTuple):
 
 
 class Other(NamedTuple):
-    """A policy that whole distributions are compared with.
+    """Another policy, whose distribution over the vocabulary is compared with the policy's.
 
     Attributes:
-      model: gives its `logits`.
+      model: has the function `logits`.
       params: its parameters.
       hidden: its hidden state that predicts each token.
       functionals: (log_p [..., V], log_q [..., V]) -> [...], evaluated inside a chunk; log_q is its log-softmax.
@@ -56,16 +56,16 @@ class Other(NamedTuple):
 
 @jax.custom_jvp
 def _normaliser(scores: Array) -> tuple[Array, Array]:
-    """The largest score and the logarithm of the sum of exp(scores - largest): log softmax is scores less both.
+    """The largest score and log(sum exp(scores - largest)); log softmax is the scores minus both.
 
-    Two numbers instead of their sum keep the last digits of large scores.
+    Subtracting the two numbers separately loses less precision for large scores than subtracting their sum.
     """
     largest = jnp.max(scores, axis=-1, keepdims=True)
     return largest, jnp.log(jnp.sum(jnp.exp(scores - largest), axis=-1, keepdims=True))
 
 
 def _kept_normaliser(scores: Array) -> tuple[Array, Array]:
-    """The normaliser under a name by which `jax.checkpoint` keeps it: the backward pass need not reduce again."""
+    """The normaliser, named so that `jax.checkpoint` stores it and the backward pass need not reduce again."""
     largest, log_total = _normaliser(scores)
     return checkpoint_name(largest, NORMALISER), checkpoint_name(log_total, NORMALISER)
 
@@ -85,7 +85,8 @@ def _picked(scores: Array, tokens: Array) -> Array:
 
 @_picked.defjvp
 def _picked_jvp(primals, tangents):
-    # As a sum over one symbol its gradient joins that of the normaliser; an indexed read would be an array more.
+    # Written as a masked sum, so that XLA fuses its gradient with that of the normaliser; an indexed read would need
+    # another array of this size.
     scores, tokens = primals
     chosen = jnp.arange(scores.shape[-1]) == tokens[..., None]
     return _picked(scores, tokens), jnp.sum(jnp.where(chosen, tangents[0], 0.0), axis=-1, keepdims=True)
@@ -106,7 +107,7 @@ def entropy_of(log_probabilities: Float[Array, "*B V"]) -> Float[Array, "*B"]:
 
 
 def positions_per_chunk(rows: int, positions: int, vocabulary_size: int) -> int:
-    """How many positions of every row are scored at once, so that a chunk holds at most `SCORES_PER_CHUNK` scores."""
+    """Positions of every row in one chunk, so that a chunk has at most `SCORES_PER_CHUNK` scores."""
     return max(1, min(positions, SCORES_PER_CHUNK // (rows * vocabulary_size)))
 
 
@@ -122,19 +123,20 @@ def token_statistics(
     support: Int[Array, "B T S"] | None = None,
     chunk: int | None = None,
 ) -> TokenStatistics:
-    """Score tokens under softmax(logits / temperature), a chunk of positions at a time.
+    """Log-probabilities of tokens under softmax(logits / temperature), computed in chunks of positions.
 
     Args:
-      model: gives `logits`.
+      model: has the function `logits`.
       params: the policy's parameters.
       hidden: hidden state that predicts each token.
       tokens: the tokens to score.
-      temperature: the one that the rollout sampled with; one number, or one a row.
+      temperature: of the rollout; one number, or one per row.
       entropy: also return the entropy.
-      others: policies that whole distributions are compared with.
-      support: tokens that a truncated sampler could have drawn, the given one among them: log-probability and entropy
-        are those of the distribution over them alone. -1 fills; a token with nothing else has the whole vocabulary.
-      chunk: positions a chunk; None derives it from the sizes.
+      others: policies whose distributions over the vocabulary are compared with the policy's.
+      support: tokens that a truncated sampler could have sampled, including the given one: log-probability and entropy
+        are those of the distribution over these tokens. Unused entries are -1; if all are -1, the support is the whole
+        vocabulary.
+      chunk: positions in a chunk; None derives it from the sizes.
 
     Returns:
       `TokenStatistics`.
@@ -144,19 +146,22 @@ def token_statistics(
     """
     chex.assert_rank([hidden, tokens], [3, 2])
     if support is not None and others:
-        raise ValueError("samples were drawn from a truncated vocabulary, over which nothing else is computed")
+        raise ValueError(
+            "samples were drawn from a truncated vocabulary (support), which cannot be combined with functionals over "
+            "the vocabulary (others); remove one of them"
+        )
     compared = tuple((other.model, other.functionals) for other in others)
     options = _Options(model, compared, entropy, chunk, shards("vocabulary"))
     scale = jnp.asarray(temperature, jnp.float32)
     scale = jnp.broadcast_to(scale if scale.ndim == 0 else scale[:, None], tokens.shape)
-    # Each device scores its own tokens, a chunk at a time; a vocabulary that is split stays so, and is reduced over.
+    # Each device scores its own tokens in chunks; a sharded vocabulary stays sharded, and reductions cross devices.
     whole = params, tuple(other.params for other in others)
     split = hidden, tokens, scale, tuple(other.hidden for other in others), support
     return map_shards(partial(_scored, options), whole, split, "rows", "positions")
 
 
 class _Options(NamedTuple):
-    """What `token_statistics` was asked for; `parts` is into how many the vocabulary is split."""
+    """Options of `token_statistics`; `parts` is the number of shards of the vocabulary."""
 
     model: Model
     compared: tuple[tuple[Model, tuple[Callable, ...]], ...]
@@ -166,25 +171,25 @@ class _Options(NamedTuple):
 
 
 def _scored(options: _Options, whole: PyTree, split: PyTree) -> TokenStatistics:
-    """`token_statistics` of the rows and positions that are here."""
+    """`token_statistics` of the rows and positions on this device."""
     model, compared, entropy, chunk, parts = options
     params, other_params = whole
     hidden, tokens, scale, *others = split
     rows, length = tokens.shape
     chunk = chunk or positions_per_chunk(rows, length, -(-model.vocabulary_size // parts))
 
-    # What is named is small beside the scores (their normaliser, the top k): kept, so that it is computed once.
+    # Named arrays (the normaliser, the top k) are small compared to the scores, so they are stored, not recomputed.
     @partial(jax.checkpoint, policy=jax.checkpoint_policies.save_any_names_but_these())
     def score(hidden, tokens, scale, other_hidden, support):
-        # Rows and positions are one axis here: only products of two matrices reach the fast kernels of a CPU.
+        # Rows and positions are merged into one axis: on a CPU only products of two matrices use the fast kernels.
         flat = lambda x: x.reshape(-1, x.shape[-1])  # noqa: E731
         scale = scale.reshape(-1, 1)
         scores = model.logits(params, flat(hidden)).astype(jnp.float32) / scale
         largest, log_total = _normaliser(scores)
         log_p = scores - largest - log_total
         extra: list[Array] = []
-        for (other, functionals), others_params, says in zip(compared, other_params, other_hidden, strict=True):
-            log_q = jax.lax.stop_gradient(other.logits(others_params, flat(says)).astype(jnp.float32) / scale)
+        for (other, functionals), others_params, states in zip(compared, other_params, other_hidden, strict=True):
+            log_q = jax.lax.stop_gradient(other.logits(others_params, flat(states)).astype(jnp.float32) / scale)
             for part in _kept_normaliser(log_q):
                 log_q = log_q - part
             extra += [functional(log_p, log_q) for functional in functionals]
@@ -204,18 +209,18 @@ def _scored(options: _Options, whole: PyTree, split: PyTree) -> TokenStatistics:
         x = jnp.pad(x, sizes, constant_values=fill)
         return x.reshape(rows, count, chunk, *x.shape[2:]).swapaxes(0, 1)
 
-    # What fills the last chunk has a temperature too: at zero its gradient would not be finite.
+    # Padding of the last chunk has temperature 1: with 0 its gradient would not be finite.
     pieces = jax.tree.map(cut, (hidden, tokens)), cut(scale, 1), jax.tree.map(cut, tuple(others))
     chunks = jax.lax.map(lambda x: score(*x[0], x[1], *x[2]), pieces)
     return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(rows, count * chunk)[:, :length], chunks)
 
 
 def _over_support(scores: Array, support: Array, *whole: Array) -> tuple[Array, Array, Array]:
-    """(log-probabilities, their normaliser in two parts) over some tokens of each row; `whole` where there are none."""
+    """(log-probabilities, their normaliser in two parts) over the support of each row; `whole` for an empty support."""
     there = support >= 0
     some = there.any(axis=-1, keepdims=True)
     chosen = jnp.take_along_axis(scores, jnp.maximum(support, 0), axis=-1)
-    # A row without a support gets one of equal scores here, so that nothing infinite enters its gradient.
+    # An empty support is replaced by one with equal scores, so that no infinite value enters its gradient.
     chosen = jnp.where(there | ~some, jnp.where(some, chosen, 0.0), -jnp.inf)
     largest = jax.lax.stop_gradient(jnp.max(chosen, axis=-1, keepdims=True))
     log_total = jnp.log(jnp.sum(jnp.exp(chosen - largest), axis=-1, keepdims=True))

@@ -1,4 +1,4 @@
-"""Models of one architecture as points: means, arcs and sums of changes of their parameters, in float32."""
+"""Merging of models of one architecture: means, spherical interpolation and sums of parameter changes, in float32."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ def averaged(trees: Sequence[PyTree], weights: Sequence[float] | None = None, *,
 
     Args:
       trees: parameters, of one structure.
-      weights: one a tree; None weighs all alike.
+      weights: one per tree; None gives all the same weight.
       normalised: divide by the sum of the weights.
 
     Raises:
-      ValueError: for trees that differ in structure or shape, another number of weights, or weights that sum to 0.
+      ValueError: for trees that differ in structure or shape, a wrong number of weights, or weights that sum to 0.
 
     Reference: model soups (2203.05482).
     Certainty: recalled
@@ -31,18 +31,18 @@ def averaged(trees: Sequence[PyTree], weights: Sequence[float] | None = None, *,
     given = _numbers("weights", weights, trees)
     total = sum(given) if normalised else 1.0
     if total == 0:
-        raise ValueError(f"weights {given} sum to 0, by which nothing can be divided; change one, or normalised=False")
+        raise ValueError(f"weights {given} sum to 0, so they cannot be normalised; change one, or set normalised=False")
     return _combined(lambda *xs: sum(w / total * x for w, x in zip(given, xs, strict=True)), *trees)
 
 
 def spherical(first: PyTree, second: PyTree, t: float = 0.5) -> PyTree:
-    """Between two models along an arc, tensor by tensor (slerp).
+    """Spherical linear interpolation (slerp) between two models, tensor by tensor.
 
         c = <a, b> / (|a| |b|),   W = arccos c
         theta = sin((1 - t) W) / sin W * a + sin(t W) / sin W * b
 
-    on the tensors as they are; between two of equal norm it keeps the norm, which a mean shrinks. The straight line
-    (1 - t) a + t b where |c| > 0.9995, or one of them is zero. t = 0 gives the first, 1 the second.
+    Tensors are not normalised. Between two tensors of equal norm the norm is kept, whereas a mean has a smaller norm.
+    If |c| > 0.9995 or one tensor is zero, the result is (1 - t) a + t b. t = 0 gives the first model, 1 the second.
 
     Raises:
       ValueError: for trees that differ in structure or shape.
@@ -63,20 +63,20 @@ def spherical(first: PyTree, second: PyTree, t: float = 0.5) -> PyTree:
 
 
 def task_arithmetic(base: PyTree, tuned: Sequence[PyTree], scales: Sequence[float] | None = None) -> PyTree:
-    """A model and the changes that fine-tuning made to it, scaled and added.
+    """A base model plus the scaled changes of models that were fine-tuned from it.
 
         theta = theta_0 + sum_i lambda_i (theta_i - theta_0)
 
-    With one tuned model and a lambda above 1 it extrapolates: a little preference training, carried further (ExPO, 1.5
-    in HelpSteer2-Preference); with a negative one it takes back what was learned.
+    With one tuned model, lambda above 1 extrapolates its change (ExPO; 1.5 in HelpSteer2-Preference), and a negative
+    lambda reverses it.
 
     Args:
       base: theta_0.
       tuned: models fine-tuned from it.
-      scales: lambda, one a model; None is 1 each.
+      scales: lambda, one per model; None is 1 for each.
 
     Raises:
-      ValueError: for trees that differ in structure or shape, or another number of scales.
+      ValueError: for trees that differ in structure or shape, or a wrong number of scales.
 
     Reference: task arithmetic (2212.04089); ExPO (2404.16792).
     Certainty: recalled
@@ -87,18 +87,18 @@ def task_arithmetic(base: PyTree, tuned: Sequence[PyTree], scales: Sequence[floa
 
 @ranged
 def dropped_and_rescaled(base: PyTree, tuned: PyTree, *, share: ShareBelowOne = 0.9, seed: int = 0) -> PyTree:
-    """A tuned model of which a random share of the changes is dropped and the rest made larger (DARE).
+    """A tuned model with a random share of its changes dropped and the rest rescaled (DARE).
 
         theta = theta_0 + keep / (1 - share) * (theta - theta_0),   keep ~ Bernoulli(1 - share)
 
-    On average it is the tuned model. Several such models are then merged by `task_arithmetic` or `elected`: their
-    changes meet in few places.
+    Its expectation is the tuned model. Several such models can be merged by `task_arithmetic` or `elected`; few
+    entries are then changed by more than one model.
 
     Args:
       base: theta_0.
       tuned: theta.
-      share: that is dropped; 0 drops nothing.
-      seed: of the choice; models that are to be merged take different ones.
+      share: share of the changes to drop; 0 drops none.
+      seed: of the random choice; use different seeds for models that will be merged.
 
     Raises:
       ValueError: for trees that differ in structure or shape, or a share outside [0, 1).
@@ -123,17 +123,17 @@ def elected(
     density: Annotated[float, Range(0, 1, open="(")] = 0.2,
     scale: float = 1.0,
 ) -> PyTree:
-    """The changes of several models without those that contradict each other (TIES).
+    """A base model plus the mean change of several tuned models, over the changes that agree in sign (TIES).
 
-    Of each model's changes d_i to a tensor the share `density` of largest size stays; the sign of each entry is that of
-    the sum over models; the mean is over those that have it:
+    Each model keeps the share `density` of largest absolute changes d_i of a tensor. The sign of an entry is that of
+    the sum over models, and the mean is over the models whose change has this sign:
 
         theta = theta_0 + scale * mean over { i : sign d_i = sign sum_j d_j } of d_i
 
     Args:
       base: theta_0.
       tuned: models fine-tuned from it.
-      density: share of a tensor's entries that a model keeps, at least one of them; equal sizes stay together.
+      density: share of a tensor's entries that a model keeps, at least one entry; ties at the threshold are all kept.
       scale: of the merged change.
 
     Raises:
@@ -163,18 +163,18 @@ def selected(
     density: Annotated[float, Range(0, 1, open="(")] = 0.2,
     scale: float = 1.0,
 ) -> PyTree:
-    """A tuned model of whose changes the largest alone are kept (update-selective merging).
+    """A base model plus the largest changes of a tuned model (update-selective merging).
 
         theta = theta_0 + scale * keep * (theta - theta_0),   keep: int(density * size) largest |changes| of a tensor
 
-    DLER merges so: a model that was trained to be short keeps most of its brevity and gives back the accuracy of the
-    one that it was trained from. density 1 returns the tuned model. Of equal sizes the first entries are kept.
+    DLER uses it for a model that was trained to be short: the merged model keeps most of the brevity and regains the
+    accuracy of the base. density 1 returns the tuned model. Among equal changes the first entries are kept.
 
     Args:
       base: theta_0.
       tuned: theta.
       density: share of a tensor's entries that is kept.
-      scale: of what is kept.
+      scale: of the kept changes.
 
     Raises:
       ValueError: for trees that differ in structure or shape, or a density outside (0, 1].
@@ -195,12 +195,12 @@ def selected(
 def balanced_initialisation(
     instruct: PyTree, distilled: PyTree, pretrained: PyTree, *, a: Share = 0.5, b: Share = 0.8
 ) -> PyTree:
-    """Where reinforcement starts from after distillation: between an instruct model, a distilled one and their base.
+    """An initial policy for RL after distillation: interpolated from an instruct model, a distilled one and their base.
 
         theta_1 = a theta_instruct + (1 - a) theta_distilled,   theta_0 = b theta_1 + (1 - b) theta_pretrained
 
     It is the mean with the weights a b, (1 - a) b and 1 - b (`jaxrl merge INSTRUCT DISTILLED PRETRAINED --weights`).
-    a and b are scanned over 0.3 to 0.7 and 0.7 to 0.9: the largest first reward without a fall of length.
+    The paper scans a over 0.3 to 0.7 and b over 0.7 to 0.9 for the highest initial reward without shorter completions.
 
     Args:
       instruct, distilled, pretrained: parameters of one structure.
@@ -217,11 +217,11 @@ def balanced_initialisation(
 
 
 def _combined(function: Any, *trees: PyTree) -> PyTree:
-    """A function of the tensors of several trees in float32, back in the dtypes of the first."""
+    """A function of the tensors of several trees, computed in float32 and cast to the dtypes of the first tree."""
     first = jax.tree.structure(trees[0])
     for place, tree in enumerate(trees[1:], 1):
         if jax.tree.structure(tree) != first:
-            raise ValueError(f"model {place} has other parameters than model 0; merge models of one architecture")
+            raise ValueError(f"model {place} has different parameters from model 0; merge models of one architecture")
     for path, *leaves in zip(*_paths(trees), strict=True):
         if len(shapes := {tuple(leaf.shape) for leaf in leaves}) > 1:
             raise ValueError(f"{path} has the shapes {sorted(shapes)}; merge models of one architecture")
@@ -240,5 +240,5 @@ def _paths(trees: Sequence[PyTree]) -> list[list[Any]]:
 def _numbers(name: str, given: Sequence[float] | None, trees: Sequence[PyTree]) -> list[float]:
     numbers = [1.0] * len(trees) if given is None else [float(number) for number in given]
     if len(numbers) != len(trees) or not trees:
-        raise ValueError(f"{name} has {len(numbers)} numbers for {len(trees)} models; give one each")
+        raise ValueError(f"{name} has {len(numbers)} numbers for {len(trees)} models; give one per model")
     return numbers

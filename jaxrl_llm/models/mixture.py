@@ -1,4 +1,4 @@
-"""Language models for sampling that are made of others: the geometric mixture of two, and one guided by a value."""
+"""Language models for sampling that combine two networks: a geometric mixture, and value-guided decoding."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ def geometric_mixture(first: Model, second: Model, *, share: float) -> Model:
 
         log q = (1 - share) * log p_first + share * log p_second - log Z
 
-    Its parameters are the pair (those of `first`, those of `second`); hidden states of both stand side by side, and the
-    cache is a pair. It is for sampling: it has no description that could be saved.
+    Its parameters are the pair (those of `first`, those of `second`); the hidden states of both are concatenated, and
+    the cache is a pair. It is for sampling only: it has no config and cannot be saved.
 
     Args:
-      first, second: of one vocabulary.
-      share: of the second, in [0, 1]; 0 is the first.
+      first, second: models with the same vocabulary.
+      share: weight of the second, in [0, 1]; 0 is the first.
 
     Raises:
-      ValueError: for a share outside [0, 1], or two vocabularies.
+      ValueError: for a share outside [0, 1], or different vocabularies.
 
     Reference: Nash-MD (2312.00886).
     Certainty: verified
@@ -36,16 +36,16 @@ def geometric_mixture(first: Model, second: Model, *, share: float) -> Model:
         raise ValueError(f"share is {share}; it must lie in [0, 1]")
     if first.vocabulary_size != second.vocabulary_size:
         raise ValueError(
-            f"a mixture of models needs one vocabulary, but they have {first.vocabulary_size} and "
-            f"{second.vocabulary_size} tokens"
+            f"models of a mixture must have the same vocabulary, but they have {first.vocabulary_size} and "
+            f"{second.vocabulary_size} tokens; use models of one tokenizer"
         )
     both, width = (first, second), hidden_width(first)
 
     def apply(params: Any, tokens: Any, positions: Any, cache: Any = None) -> tuple[Any, Any]:
         caches = (None, None) if cache is None else cache
-        said = [m.apply(p, tokens, positions, c) for m, p, c in zip(both, params, caches, strict=True)]
-        after = None if cache is None else tuple(c for _, c in said)
-        return jnp.concatenate([hidden for hidden, _ in said], axis=-1), after
+        results = [m.apply(p, tokens, positions, c) for m, p, c in zip(both, params, caches, strict=True)]
+        after = None if cache is None else tuple(c for _, c in results)
+        return jnp.concatenate([hidden for hidden, _ in results], axis=-1), after
 
     def logits(params: Any, hidden: Any) -> Any:
         one, other = (
@@ -64,7 +64,7 @@ def geometric_mixture(first: Model, second: Model, *, share: float) -> Model:
 
 
 def _of_two(both: tuple[Model, Model], init: Any, apply: Any, logits: Any, for_decoding: Any) -> Model:
-    """A model for sampling whose cache is the pair of those of two others."""
+    """A model for sampling whose cache is the pair of the caches of two models."""
     whole = all(m.take_rows is not None for m in both)
     return Model(
         init=init,
@@ -89,17 +89,17 @@ def _of_two(both: tuple[Model, Model], init: Any, apply: Any, logits: Any, for_d
 def value_augmented_logits(
     logits: Float[Array, "B V"], candidates: Int[Array, "B K"], values: Float[Array, "B K"], *, strength: float = 3.0
 ) -> Float[Array, "B V"]:
-    """Scores of next tokens, raised where what they lead to is worth more than that of the other candidates.
+    """Logits of next tokens, changed by how far the value of each candidate is above the mean of the candidates.
 
         q_a = V(prefix + a) - mean over the candidates of V,   logits_a + strength * q_a for candidates a
 
-    Sampling is from p * exp(strength * V) / Z where all tokens are candidates.
+    If all tokens are candidates, samples follow p * exp(strength * V) / Z.
 
     Args:
       logits: of the next token.
       candidates: ids of K tokens of each row, without repetition.
-      values: V behind the prefix and each of them.
-      strength: nats a unit of value, 1 / beta of the KL-regularised problem.
+      values: V of the prefix followed by each candidate.
+      strength: nats per unit of value, 1 / beta of the KL-regularised problem.
 
     Reference: Value augmented sampling (2405.06639).
     Certainty: verified
@@ -111,34 +111,34 @@ def value_augmented_logits(
 
 @ranged
 def value_guided(base: Model, value: Model, *, strength: NonNegative = 3.0, candidates: Count = 20) -> Model:
-    """The model whose next token is drawn by `value_augmented_logits` of the likeliest tokens of another one.
+    """A model that samples from `value_augmented_logits`, with the most likely tokens of a base model as candidates.
 
-    Its parameters are the pair (those of `base`, those of the value network: `head`, and the `backbone` that it reads);
-    the cache is a pair. At each token the value network goes one token further with each candidate, which share its
-    cache. It is for sampling: of several tokens at a time, such as a prompt, the last one alone says what follows under
-    guidance, and those before it what the base says. It has no description that could be saved.
+    Its parameters are the pair (those of `base`, those of the value network: `head` and `backbone`); the cache is a
+    pair. At each token the value network evaluates each candidate as a continuation, from a shared cache. It is for
+    sampling only: for several tokens at a time, such as a prompt, guidance applies to the last position, and the other
+    positions have the logits of the base. It has no config and cannot be saved.
 
     Args:
       base: the policy.
-      value: the architecture of the value network's backbone, with the base's tokens.
-      strength: nats a unit of value; 0 is the base.
-      candidates: K, the likeliest tokens; the others keep the score that the base gives them.
+      value: the architecture of the value network's backbone, with the vocabulary of the base.
+      strength: nats per unit of value; 0 is the base.
+      candidates: K, the number of most likely tokens; the other tokens keep the logits of the base.
 
     Raises:
-      ValueError: for two vocabularies, a negative strength, or no candidate.
+      ValueError: for different vocabularies, a negative strength, or no candidate.
 
     Reference: Value augmented sampling (2405.06639).
     Certainty: verified
     """
     if base.vocabulary_size != value.vocabulary_size:
         raise ValueError(
-            f"a value that guides sampling needs the policy's tokens, but the policy has {base.vocabulary_size} and "
-            f"the value network {value.vocabulary_size}"
+            f"a value network that guides sampling must have the policy's vocabulary, but the policy has "
+            f"{base.vocabulary_size} tokens and the value network {value.vocabulary_size}; use one tokenizer for both"
         )
     count = min(candidates, base.vocabulary_size)
     token = jnp.zeros((1, 1), jnp.int32)
-    said = jax.eval_shape(lambda key: base.apply(base.init(key), token, token, None)[0], jax.random.key(0))
-    width = said.shape[-1]
+    state = jax.eval_shape(lambda key: base.apply(base.init(key), token, token, None)[0], jax.random.key(0))
+    width = state.shape[-1]
 
     def apply(params: Any, tokens: Any, positions: Any, cache: Any = None) -> tuple[Any, Any]:
         own, judge = params
@@ -154,23 +154,23 @@ def value_guided(base: Model, value: Model, *, strength: NonNegative = 3.0, cand
             judge["backbone"], ids.reshape(one), jnp.repeat(following, count).reshape(one), branches
         )
         values = head_outputs(judge["head"], states[:, 0])[..., 0].reshape(rows, count)
-        told = jnp.concatenate([ids.astype(jnp.float32), values], axis=-1)
+        ids_and_values = jnp.concatenate([ids.astype(jnp.float32), values], axis=-1)
         last = jnp.arange(tokens.shape[1]) == jnp.argmax(positions, axis=1)[:, None]
-        guidance = jnp.where(last[..., None], told[:, None], 0.0)
+        guidance = jnp.where(last[..., None], ids_and_values[:, None], 0.0)
         return jnp.concatenate([hidden.astype(jnp.float32), guidance], axis=-1), (
             None if cache is None else (after, seen)
         )
 
     def logits(params: Any, hidden: Any) -> Any:
         ids, values = hidden[..., width : width + count], hidden[..., width + count :]
-        scores = base.logits(params[0], hidden[..., :width].astype(said.dtype))
+        scores = base.logits(params[0], hidden[..., :width].astype(state.dtype))
         flat = scores.reshape(-1, scores.shape[-1]), ids.reshape(-1, count).astype(jnp.int32), values.reshape(-1, count)
         return value_augmented_logits(*flat, strength=strength).reshape(scores.shape)
 
     def for_decoding(params: Any) -> Any:
         own, judge = params
-        laid = lambda model, tree: tree if model.for_decoding is None else model.for_decoding(tree)  # noqa: E731
-        return laid(base, own), judge | {"backbone": laid(value, judge["backbone"])}
+        prepared = lambda model, tree: tree if model.for_decoding is None else model.for_decoding(tree)  # noqa: E731
+        return prepared(base, own), judge | {"backbone": prepared(value, judge["backbone"])}
 
     def init(key: Any) -> Any:
         own, backbone, head = jax.random.split(key, 3)

@@ -1,4 +1,4 @@
-"""What the rest of the project needs to know of a language model: four pure functions and a description."""
+"""The interface of a language model: pure functions over parameters, and a description."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from jaxtyping import Array, PyTree
 
 
 class Trained(NamedTuple):
-    """Which part of a model's parameters learns, for a model of which not all does.
+    """Which part of the parameters is trained, for a model with frozen parameters (such as one with adapters).
 
     Attributes:
-      split: params -> (what learns, what is frozen); no array is copied.
-      join: (what learns, what is frozen) -> params.
-      reference: params -> those of the policy before anything was learned, which share the frozen arrays.
-      merged: params -> plain parameters that compute the same, for export.
+      split: params -> (trained, frozen); no array is copied.
+      join: (trained, frozen) -> params.
+      reference: params -> those of the policy before training, which share the frozen arrays.
+      merged: params -> plain parameters of the same function, for export.
     """
 
     split: Callable[[PyTree], tuple[PyTree, PyTree]]
@@ -27,41 +27,42 @@ class Trained(NamedTuple):
 class Model(NamedTuple):
     """A language model as pure functions over a parameter pytree.
 
-    A position is the index of a token in its own sequence; -1 marks padding, which attends to nothing real and is
-    attended by nothing. Cached and uncached use are the same function.
+    A position is the index of a token in its own sequence; -1 marks padding, which no token attends to. `apply` is the
+    same function with and without a cache.
 
     Attributes:
       init: key -> params.
       apply: (params, tokens [B, T], positions [B, T], cache or None) -> (hidden [B, T, D], cache or None).
       logits: (params, hidden [..., D]) -> float32 [..., V], before temperature.
-      init_cache: (rows, slots) -> an empty cache that holds `slots` tokens a row.
-      expand_cache: (cache, samples, extra_slots) -> `samples` rows for each row, with room for more tokens.
+      init_cache: (rows, slots) -> an empty cache for `slots` tokens per row.
+      expand_cache: (cache, samples, extra_slots) -> `samples` rows for each row, with slots for more tokens.
       specs: a pytree of `ParameterSpec`, the shape of params.
       vocabulary_size: V.
-      config: the description that it was built from, for checkpoints and reports.
-      observe: `apply` with `names=` of what else to return, in a dict as third result: hidden states of every block,
-        the experts that were chosen and their probabilities. A mixture of experts takes recorded choices back through
-        `router_choices=`, here and in `apply`. None for a model that shows nothing.
-      routed: whether it is such a mixture.
-      trained: which part of the parameters learns; None where all of them do.
-      for_decoding: params -> the same for `apply` and `logits`, laid out as many small steps read them best; None where
-        that is as they are.
-      take_rows: (cache, rows [D], extra_slots) -> a cache that goes on from any choice of rows; None where that is
-        not offered, and then every prompt has equally many samples.
-      replace_row: (cache, slot, source, row) -> one row of what `take_rows(source, ...)` gave starts anew from another
-        row of the source. Slots are used in turn then (see `Cache`). None where that is not offered, and then nothing
-        is decoded in slots.
-      cut_cache: (cache, length [B]) -> the cache right after `expand_cache` whose rows have seen their first `length`
-        tokens alone, so that samples go on from different places of what they share. None where that is not offered,
-        and then each goes through its own copy of what it goes on from.
-      keep_window: (cache, tokens) -> the cache right after `expand_cache` or `take_rows`, for rows to which `tokens` at
-        most are added, one at a time and without padding between them: it may forget what no later token sees. None
-        where it forgets nothing.
-      shared_scoring: whether the samples of a prompt are scored and differentiated best by going on from one pass over
-        it, through the cache. A cache that recomputes, rounds, or keeps attention from its kernels says no.
-      packs: whether `apply` and `observe` take `segments=`, the sequence [B, T] that each token of a row belongs to:
-        several sequences in a row then, one behind the other, each with positions from 0 and blind to the others.
-      rules: changes to the run's table of where its arrays lie on the mesh (`own_layout`); None for none.
+      config: the config that it was built from, for checkpoints and reports.
+      observe: `apply` with `names=`, the names of internal arrays to return in a dict as third result: hidden states of
+        every block, the chosen experts and their probabilities. A mixture of experts accepts recorded choices in
+        `router_choices=`, here and in `apply`. None for a model that does not expose them.
+      routed: whether it is a mixture of experts.
+      trained: which part of the parameters is trained; None if all of them are.
+      for_decoding: params -> the same parameters in a layout that is faster for decoding; None if there is no such
+        layout.
+      take_rows: (cache, rows [D], extra_slots) -> a cache with these rows, in any order and number. None if it is not
+        supported; every prompt then needs the same number of samples.
+      replace_row: (cache, slot, source, row) -> the cache of `take_rows(source, ...)` with one row replaced by another
+        row of the source. Slots are then reused cyclically (see `Cache`). None if it is not supported; decoding in
+        slots is then not available.
+      cut_cache: (cache, length [B]) -> the cache after `expand_cache` with only the first `length` tokens of each row,
+        so that samples can branch at different positions of a shared prefix. None if it is not supported; each
+        sample then computes its own copy of the prefix.
+      keep_window: (cache, tokens) -> the cache after `expand_cache` or `take_rows`, for rows that grow by at most
+        `tokens` tokens, one at a time and without padding between them; it may drop entries that no later token
+        attends to. None if it drops none.
+      shared_scoring: whether it is fastest to score and differentiate the samples of a prompt from one forward pass
+        over the prompt, through the cache. False for a cache that recomputes, that rounds, or that prevents the use of
+        attention kernels.
+      packs: whether `apply` and `observe` accept `segments=`, the index [B, T] of the sequence of each token: a row
+        then has several sequences, one after another, each with positions from 0 and without attention to the others.
+      rules: changes to the run's sharding rules for its arrays (`own_layout`); None for no changes.
     """
 
     init: Callable[[Array], PyTree]

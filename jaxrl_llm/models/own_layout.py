@@ -1,4 +1,4 @@
-"""A model that lies on the mesh of a run by a table of its own, such as a large teacher beside a small policy."""
+"""A model with its own sharding rules on the mesh of a run, such as a large teacher of a small policy."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ _FUNCTIONS = ("apply", "logits", "observe", "init_cache", "expand_cache", "for_d
 
 
 def in_own_layout(model: Model, changes: Mapping[str, Sequence[str]]) -> Model:
-    """The same model, whose parameters and activations lie by the run's table with these changes.
+    """The same model, with its parameters and activations sharded by the run's rules with these changes.
 
     Args:
       model: any.
-      changes: axis of an array -> axes of the mesh, as `mesh.rules`.
+      changes: logical axis of an array -> axes of the mesh, as `mesh.rules`.
 
     Raises:
       ValueError: for a name or a mesh axis that does not exist.

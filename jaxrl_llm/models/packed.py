@@ -1,7 +1,7 @@
-"""Weights that a checkpoint holds in fewer bits, as the tensors that they stand for: FP8 in blocks, GPTQ and AWQ.
+"""Quantised weights of checkpoints, dequantised when they are read: FP8 in blocks, GPTQ and AWQ.
 
-What is read is in float32, box by box. A GPTQ or AWQ matrix W [outputs, inputs] is (q - zero) * scale, with one zero
-and one scale for each output and each group of inputs.
+Slices are read in float32. A GPTQ or AWQ matrix W [outputs, inputs] is (q - zero) * scale, with one zero and one scale
+for each output and each group of inputs.
 
 Reference: DeepSeek-V3 (arXiv 2412.19437) section 3.3, GPTQ (arXiv 2210.17323), AWQ (arXiv 2306.00978).
 """
@@ -19,17 +19,17 @@ from jaxrl_llm.models.mxfp4 import with_mxfp4
 
 Packing = Literal["mxfp4", "fp8", "gptq", "awq"]
 _WORD = 32
-# Where AWQ keeps the eight numbers of a word: the lowest bits hold number 0, the next ones number 2, ...
+# Order of the eight numbers of a 32-bit word in AWQ: the lowest bits are number 0, the next ones number 2, ...
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 _SCALES = ".weight_scale_inv"
 _OF_INPUTS = (".activation_scale", ".input_scale")
 
 
 def packing_of(source: Mapping[str, Any], architecture: str) -> Packing | None:
-    """How the weights of a checkpoint are packed, None where they are not.
+    """The quantisation of the weights of a checkpoint; None if they are not quantised.
 
     Raises:
-      ValueError: for a packing that is not read.
+      ValueError: for a quantisation that is not supported.
     """
     described = source.get("quantization_config")
     if not described:
@@ -45,16 +45,16 @@ def packing_of(source: Mapping[str, Any], architecture: str) -> Packing | None:
     if known.get(method, False):
         return method
     raise ValueError(
-        f"config.json has quantization_config with quant_method {method!r}, bits {bits}: read are fp8 with scales of "
-        "blocks, gptq of 4 or 8 bits, awq of 4 bits (version gemm), and mxfp4 of gpt-oss; use another checkpoint"
+        f"config.json has quantization_config with quant_method {method!r}, bits {bits}; supported are fp8 with scales "
+        "of blocks, gptq of 4 or 8 bits, awq of 4 bits (version gemm), and mxfp4 of gpt-oss; use another checkpoint"
     )
 
 
 def unpacked(stored: Mapping[str, StoredTensor], source: Mapping[str, Any], packing: Packing | None) -> dict[str, Any]:
-    """Stored tensors with the parts of each packed matrix as the one tensor that they are.
+    """Stored tensors with the parts of each quantised matrix replaced by one tensor.
 
     Raises:
-      ValueError: for parts that are missing.
+      ValueError: for missing parts.
     """
     described = source.get("quantization_config") or {}
     if packing is None:
@@ -84,7 +84,7 @@ def unpacked(stored: Mapping[str, StoredTensor], source: Mapping[str, Any], pack
 
 
 def without_empty_biases(stored: Mapping[str, Any], expected: Collection[str]) -> dict[str, Any]:
-    """Stored tensors without the biases of zeros that GPTQ files hold where the model has none."""
+    """Stored tensors without the zero biases that GPTQ files have although the model has no biases."""
     stray = [name for name in stored if name.endswith(".bias") and name not in expected]
     empty = {name for name in stray if not np.any(stored[name].read((...,)))}
     return {name: tensor for name, tensor in stored.items() if name not in empty}
@@ -92,7 +92,7 @@ def without_empty_biases(stored: Mapping[str, Any], expected: Collection[str]) -
 
 def _parts(stored: Mapping[str, StoredTensor], name: str, ends: tuple[str, ...]) -> list[StoredTensor]:
     if missing := [f"{name}.{end}" for end in ends if f"{name}.{end}" not in stored]:
-        raise ValueError(f"packed weights lack {', '.join(missing)}; copy all files of the model again")
+        raise ValueError(f"quantised weights have no {', '.join(missing)}; copy all files of the model again")
     return [stored[f"{name}.{end}"] for end in ends]
 
 
@@ -102,12 +102,12 @@ def _bounds(ranges: tuple[Any, ...], shape: tuple[int, ...]) -> list[tuple[int, 
 
 @dataclass(frozen=True)
 class Fp8Tensor:
-    """float8 numbers that are multiplied by the scale of their block, or by one for all.
+    """A float8 matrix with one scale for each block, or one scale for all.
 
     Attributes:
-      block: (R, C); empty where one number scales all.
+      block: (R, C); empty if one scale is for all.
       values: [outputs, inputs].
-      scales: [ceil(outputs / R), ceil(inputs / C)], or that number.
+      scales: [ceil(outputs / R), ceil(inputs / C)], or one number.
     """
 
     block: tuple[int, ...]
@@ -139,14 +139,14 @@ class Fp8Tensor:
 
 @dataclass(frozen=True)
 class PackedTensor:
-    """A matrix of few bits, several numbers in a word of 32.
+    """A matrix of 4 or 8 bit integers, several in each 32-bit word.
 
     Attributes:
-      awq: the layout.
-      bits: of a number; n = 32 / bits.
-      group: inputs in a group; -1 has all in one.
-      offset: what is added to the zeros.
-      groups: of each input; None where `group` of them follow one another.
+      awq: the layout is that of AWQ, else of GPTQ.
+      bits: of a number; n = 32 / bits numbers are in a word.
+      group: inputs in a group; -1 is one group of all inputs.
+      offset: is added to the stored zeros.
+      groups: group of each input; None if groups are consecutive inputs.
       words: [inputs / n, outputs] of GPTQ, [inputs, outputs / n] of AWQ.
       zeros: [groups, outputs / n].
       scales: [groups, outputs].
@@ -173,7 +173,7 @@ class PackedTensor:
         return self.scales.shape[1], inputs if self.awq else inputs * (_WORD // self.bits)
 
     def read(self, ranges: tuple[Any, ...]) -> np.ndarray:
-        """A box of the tensor; only the words that it touches are read."""
+        """A slice of the tensor; reads only the words that overlap it."""
         outputs, inputs = _bounds(ranges, self.shape)
         every = slice(None)
         numbers = self._numbers(self.words, *((every, outputs) if self.awq else (inputs, every)))
@@ -185,7 +185,7 @@ class PackedTensor:
         return ((numbers - zeros[of_input]) * scales[of_input]).T
 
     def _numbers(self, words: StoredTensor, rows: Any, columns: Any) -> np.ndarray:
-        """Numbers of a box, of which one side is packed and given as (start, stop), and the other whole."""
+        """Integers of a slice; the packed axis is given as (start, stop), the other one as a slice object."""
         axis = int(isinstance(columns, tuple))
         start, stop = columns if axis else rows
         count = _WORD // self.bits
@@ -203,11 +203,11 @@ class PackedTensor:
 
 @dataclass(frozen=True)
 class OneOfMany:
-    """The matrix of one expert in a tensor [experts, outputs, inputs] of all of them.
+    """The matrix of one expert in a tensor [experts, outputs, inputs] of all experts.
 
     Attributes:
-      tensor: of all.
-      expert: its number.
+      tensor: of all experts.
+      expert: index of the expert.
       rows: (start, stop) of its outputs.
     """
 
@@ -217,23 +217,23 @@ class OneOfMany:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Of the matrix."""
+        """[outputs, inputs]."""
         return self.rows[1] - self.rows[0], self.tensor.shape[2]
 
     @property
     def dtype(self) -> str:
-        """As stored."""
+        """The stored dtype."""
         return self.tensor.dtype
 
     def read(self, ranges: tuple[Any, ...]) -> np.ndarray:
-        """A box of the matrix."""
+        """A slice of the matrix."""
         (start, stop), columns = _bounds(ranges, self.shape)
         rows = slice(self.rows[0] + start, self.rows[0] + stop)
         return self.tensor.read((slice(self.expert, self.expert + 1), rows, slice(*columns)))[0]
 
 
-def with_experts_apart(stored: Mapping[str, Any]) -> dict[str, Any]:
-    """Stored tensors with each one of all experts, gate above up, as one for each expert and matrix."""
+def with_split_experts(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Stored tensors, with each tensor of all experts (gate above up) split into matrices of experts."""
     apart: dict[str, Any] = {}
     for name, tensor in stored.items():
         prefix, _, last = name.rpartition(".experts.")

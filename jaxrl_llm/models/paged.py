@@ -1,7 +1,7 @@
-"""A key-value cache in pages: each row lists the pages that it reads, and samples of a prompt list the same ones.
+"""A paged key-value cache: each row has a table of its pages, and the samples of a prompt share the prompt's pages.
 
-A row's tokens lie one after the other in its pages, so that what others have said is never read, however long it is. On
-TPU a decode step goes through JAX's ragged paged attention kernel; elsewhere the pages are gathered.
+The tokens of a row are consecutive in its pages, so a row reads no slots of longer rows. On TPU a decode step uses
+JAX's ragged paged attention kernel; on other backends the pages are gathered.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from jaxrl_llm.models.transformer_config import TransformerConfig
 from jaxrl_llm.parallel.backend import backend_in_use
 from jaxrl_llm.parallel.rules import ambient_layout
 
-# Tokens in a page: as many as a TPU reads at once from bf16 keys of 128.
+# Tokens in a page: the tile that a TPU reads at once from bf16 keys of width 128.
 PAGE = 16
-# The kernel's blocks: pages read at a time, and queries computed together.
+# Block sizes of the kernel: pages per read, and queries per block.
 KV_PAGES_PER_BLOCK, QUERIES_PER_BLOCK = 16, 8
-# The kernel works on whole lanes of a head.
+# The kernel needs heads whose width is a multiple of the lane width.
 KERNEL_HEAD_SIZE = 128
 
 PagedKind = Literal["kernel", "gathered"]
 
 
 class PagedCache(NamedTuple):
-    """Pages of all blocks, and which of them each row reads.
+    """Pages of all blocks, and the page table of each row.
 
     Attributes:
-      pages: [L * C, PAGE, 2 K, H]: C pages for each of L blocks; in a page, keys and values of a head in turn.
-      table: [B, M] numbers below C, in the order of a row's tokens.
+      pages: [L * C, PAGE, 2 K, H]: C pages for each of L blocks; in a page, keys and values alternate by head.
+      table: [B, M] indices below C, in the order of a row's tokens.
       length: [B] tokens of each row.
     """
 
@@ -43,17 +43,17 @@ class PagedCache(NamedTuple):
     length: Int[Array, "B"]
 
     def pages_per_layer(self, layers: int) -> int:
-        """C."""
+        """C, the pages of one block."""
         return self.pages.shape[0] // layers
 
 
 class PagedBlock(NamedTuple):
-    """What one block is given of a `PagedCache`.
+    """The view of a `PagedCache` for one block.
 
     Attributes:
       pages: of all blocks.
       table: as in `PagedCache`.
-      first_page: of this block.
+      first_page: index of this block's first page.
     """
 
     pages: Array
@@ -62,7 +62,7 @@ class PagedBlock(NamedTuple):
 
 
 def in_pages(config: TransformerConfig) -> bool:
-    """Whether rows that are decoded side by side keep their keys and values in pages."""
+    """Whether rows that are decoded in a batch keep their keys and values in pages."""
     if config.cache_layout != "auto":
         return config.cache_layout == "paged"
     if config.plain_attention or config.of_several_kinds:
@@ -72,16 +72,16 @@ def in_pages(config: TransformerConfig) -> bool:
 
 
 def expanded(cache: Cache | PagedCache, samples: int, extra_slots: int, *, config: TransformerConfig) -> Any:
-    """`samples` rows for each row of a cache, with room for more tokens, in the layout that the config asks for.
+    """`samples` rows for each row of a cache, with slots for more tokens, in the layout of the config.
 
     Raises:
-      ValueError: for several samples of a row that is in pages already.
+      ValueError: for several samples of a row that is already in pages.
     """
     if isinstance(cache, PagedCache):
         if samples != 1:
             raise ValueError(
                 f"{samples} samples of a row whose cache is in pages; set model.cache_layout to 'contiguous' to branch "
-                "from what was decoded"
+                "from decoded tokens"
             )
         return longer(cache, extra_slots, config.layers) if extra_slots else cache
     if extra_slots and not cache.context and in_pages(config):
@@ -93,23 +93,23 @@ def expanded(cache: Cache | PagedCache, samples: int, extra_slots: int, *, confi
 
 
 def paged_kind(*, queries: int, head_size: int, dtype: str, backend: str | None = None) -> PagedKind:
-    """How a step over paged keys is computed: by the kernel for one token a row on TPU, else by gathering pages."""
+    """How attention over pages is computed: by the kernel for one token per row on one TPU, else by gathering pages."""
     serves = queries == 1 and head_size % KERNEL_HEAD_SIZE == 0 and dtype in ("bfloat16", "float32")
-    # The compiler cannot divide the kernel among devices.
+    # The compiler cannot partition the kernel over devices.
     ambient = ambient_layout()
     alone = jax.device_count() == 1 if ambient is None else ambient.mesh.size == 1
     return "kernel" if (backend or backend_in_use()) == "tpu" and serves and alone else "gathered"
 
 
 def paged(cache: Cache, samples: int, extra_slots: int) -> PagedCache:
-    """What prefill wrote, in pages that `samples` rows of each prompt share, with room for more tokens in each row.
+    """A prefilled cache as pages that `samples` rows of each prompt share, with slots for more tokens in each row.
 
-    Full pages of a prompt exist once. The last one, which a row goes on writing, is the row's own.
+    Full pages of a prompt are stored once. Each row has its own copy of the last page, to which it appends.
 
     Args:
       cache: of N left-padded prompts; unrolled or stacked, in the compute dtype, without context.
       samples: rows of each prompt.
-      extra_slots: tokens that a row may add.
+      extra_slots: tokens that may be added to a row.
     """
     stacked = cache.layers
     if not isinstance(stacked, KeysAndValues):
@@ -119,13 +119,13 @@ def paged(cache: Cache, samples: int, extra_slots: int) -> PagedCache:
     length = jnp.sum(cache.positions >= 0, axis=1)
     shared, own = -(-width // PAGE), -(-(extra_slots + PAGE) // PAGE)
 
-    # Token t of a prompt stands in slot width - length + t.
+    # Token t of a prompt is in slot width - length + t.
     order = jnp.minimum(width - length[:, None] + jnp.arange(shared * PAGE), width - 1)
     tokens = jnp.stack([keys.swapaxes(-1, -2), values], axis=3)  # [L, N, K, 2, S, H]
     tokens = jnp.take_along_axis(tokens, order[None, :, None, None, :, None], axis=4)
     tokens = tokens.transpose(0, 1, 4, 2, 3, 5).reshape(layers, count, shared, PAGE, 2 * kv_heads, size)
 
-    # Each row's first own page begins as a copy of the page in which its prompt ends.
+    # The first page that a row owns is a copy of the last page of its prompt.
     partial = jnp.minimum(length // PAGE, shared - 1)
     last = jnp.take_along_axis(tokens, partial[None, :, None, None, None, None], axis=2)
     first_own = jnp.repeat(last, samples, axis=1)
@@ -145,13 +145,13 @@ def paged(cache: Cache, samples: int, extra_slots: int) -> PagedCache:
 
 
 def longer(cache: PagedCache, extra_slots: int, layers: int) -> PagedCache:
-    """With more pages behind those of each row."""
+    """The cache with more pages at the end of each row."""
     rows, per_layer = cache.table.shape[0], cache.pages_per_layer(layers)
     more = -(-extra_slots // PAGE)
     pages = cache.pages.reshape(layers, per_layer, *cache.pages.shape[1:])
     empty = jnp.zeros((layers, rows * more, *pages.shape[2:]), pages.dtype)
     pages = jnp.concatenate([pages, empty], axis=1).reshape(-1, *cache.pages.shape[1:])
-    # New pages follow the last one in use, so that what a row has said stays in one piece.
+    # New pages follow the last one in use, so that the tokens of a row stay consecutive.
     used = -(-jnp.maximum(cache.length, 1) // PAGE)[:, None]
     place = jnp.arange(cache.table.shape[1] + more)
     old = jnp.take_along_axis(cache.table, jnp.minimum(place, cache.table.shape[1] - 1)[None], axis=1)
@@ -192,7 +192,7 @@ def paged_attention(
     windowed: bool | Array,
     cap: float | None,
 ) -> Float[Array, "B T K G H"]:
-    """`attend` over pages that hold the new tokens too."""
+    """`attend` over pages, which already have the new tokens."""
     kind = paged_kind(queries=queries.shape[1], head_size=queries.shape[-1], dtype=queries.dtype.name)
     if kind == "kernel" and (window is None or isinstance(windowed, bool)):
         within = window if windowed else None
@@ -203,7 +203,7 @@ def paged_attention(
 
 
 def gathered(block: PagedBlock) -> tuple[KeysAndValues, Int[Array, "B S"]]:
-    """(keys and values of each row in order, the position of each); positions may lie beyond what a row has said."""
+    """(keys and values of each row in order, the position of each); positions may be beyond a row's last token."""
     kv_heads, size = block.pages.shape[2] // 2, block.pages.shape[3]
     read = block.pages[block.table + block.first_page]  # [B, M, PAGE, 2K, H]
     read = read.reshape(read.shape[0], -1, kv_heads, 2, size)
@@ -221,11 +221,11 @@ def kernel_attention(
     window: int | None = None,
     cap: float | None = None,
 ) -> Float[Array, "B 1 K G H"]:
-    """One token a row through the ragged paged attention kernel. A row of padding attends to its first token.
+    """Attention of one token per row by the ragged paged attention kernel. Padding attends to the first token.
 
     Args:
       queries: rotated queries.
-      block: the pages, the new token's keys and values among them.
+      block: the pages, including the keys and values of the new token.
       positions: of the queries.
       scale, window, cap: as for `attend`.
     """

@@ -1,6 +1,6 @@
-"""Parameters described once: shape, dtype, logical axes and initialiser of every leaf.
+"""Descriptions of parameters: shape, dtype, logical axes and initialiser of every leaf.
 
-Initialisation, sharding, parameter counts, checkpoints and ahead-of-time planning all read the same description.
+Initialisation, sharding, parameter counts, checkpoints and ahead-of-time planning all use the same description.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from jaxtyping import Array, PyTree
 
 @dataclass(frozen=True)
 class ParameterSpec:
-    """One parameter, before it exists.
+    """Description of one parameter.
 
     Attributes:
       shape: its dimensions.
-      axes: a logical axis name for each dimension, None where it is never sharded.
-      scale: standard deviation of the normal initialiser; 0 gives the constant `fill`; NaN where only the model's own
-        `init` knows.
+      axes: a logical axis name for each dimension; None for a dimension that is never sharded.
+      scale: standard deviation of the normal initialiser; 0 gives the constant `fill`; NaN if only the model's `init`
+        can initialise it.
       dtype: storage dtype.
-      fill: value of a parameter that is not drawn: one for norm gains, zero for biases.
+      fill: constant initial value: one for norm gains, zero for biases.
     """
 
     shape: tuple[int, ...]
@@ -40,7 +40,7 @@ def _is_spec(leaf) -> bool:
 
 
 def initialise(specs: PyTree, key: Array) -> PyTree:
-    """Draw parameters; each leaf's key is addressed by its path, so adding a leaf does not change the others.
+    """Initial parameters; the key of each leaf is derived from its path, so adding a leaf does not change the others.
 
     Raises:
       ValueError: for a parameter without an initialiser.
@@ -49,13 +49,12 @@ def initialise(specs: PyTree, key: Array) -> PyTree:
     def draw(path, spec: ParameterSpec):
         if math.isnan(spec.scale):
             raise ValueError(
-                f"{jax.tree_util.keystr(path)} has no initialiser in its description; draw the parameters with the "
-                "model's own init"
+                f"{jax.tree_util.keystr(path)} has no initialiser in its description; use the model's init function"
             )
         if spec.scale == 0:
             return jnp.full(spec.shape, spec.fill, spec.dtype)
         characters = jnp.frombuffer(jax.tree_util.keystr(path).encode(), jnp.uint8).astype(jnp.uint32)
-        # A loop: written out, the characters of all paths were most of a program that runs once.
+        # A scan keeps this program small: unrolled over the characters of all paths, it would be mostly these steps.
         leaf_key, _ = jax.lax.scan(lambda folded, one: (jax.random.fold_in(folded, one), None), key, characters)
         return (spec.scale * jax.random.truncated_normal(leaf_key, -3.0, 3.0, spec.shape)).astype(spec.dtype)
 
@@ -63,24 +62,24 @@ def initialise(specs: PyTree, key: Array) -> PyTree:
 
 
 def specs_of(init: Callable[[Array], PyTree], axes: PyTree | None = None) -> PyTree:
-    """The description of parameters that only a function knows how to draw: shapes and dtypes without an initialiser.
+    """The description of parameters that a function initialises: shapes and dtypes without an initialiser.
 
-    Their scale is NaN, from which `initialise` draws nothing.
+    Their scale is NaN, which `initialise` refuses.
 
     Args:
       init: key -> params; evaluated abstractly.
-      axes: a tuple of logical axis names for each leaf of params; None names none.
+      axes: a tuple of logical axis names for each leaf of params; None for parameters that are never sharded.
 
     Raises:
-      ValueError: for axes that do not fit the parameters.
+      ValueError: if the axes do not fit the parameters.
     """
     params = jax.eval_shape(init, jax.random.key(0))
 
     def spec(path, leaf, names: tuple[str | None, ...]) -> ParameterSpec:
         if len(names) != leaf.ndim:
             raise ValueError(
-                f"{jax.tree_util.keystr(path)} has the shape {leaf.shape}, but the axes {names}; name each axis, or "
-                "None where it is never sharded"
+                f"{jax.tree_util.keystr(path)} has the shape {leaf.shape}, but the axes {names}; give a name for each "
+                "axis, or None for one that is never sharded"
             )
         return ParameterSpec(leaf.shape, tuple(names), math.nan, leaf.dtype)
 
@@ -90,7 +89,7 @@ def specs_of(init: Callable[[Array], PyTree], axes: PyTree | None = None) -> PyT
 
 
 def abstract(specs: PyTree) -> PyTree:
-    """The same tree as `jax.ShapeDtypeStruct`s: no memory is used."""
+    """The same tree as `jax.ShapeDtypeStruct`s, without memory for values."""
     return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype), specs, is_leaf=_is_spec)
 
 

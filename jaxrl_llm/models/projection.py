@@ -1,4 +1,4 @@
-"""Products with the matrices of a block, in whatever form these are stored."""
+"""Matrix products with the weights of a block, for all forms in which weights are stored."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from jaxrl_llm.parallel.rules import shards
 
 
 class Turned(NamedTuple):
-    """A matrix with its output axes first, for few inputs at a time on a CPU.
+    """A transposed matrix (output axes first), for products with few rows on a CPU.
 
-    Which operand a CPU's product packs anew in each call is settled by their order. Here it is the inputs and not the
-    weights. Of 64 rows with [1024, 6144] a product takes 0.7 of the time, of 16 rows a third; matrices of fewer than
-    `TURNED_FROM` entries gain too little to be laid out anew.
+    The order of the operands determines which one a matrix product on a CPU repacks in each call; here it is the inputs
+    and not the weights. With weights [1024, 6144] a product takes 0.7 of the time for 64 rows and a third for 16 rows;
+    matrices of fewer than `TURNED_FROM` entries gain too little to be transposed.
 
     Attributes:
       values: [*O, *I].
@@ -41,16 +41,16 @@ def turned(weights: Array, *, inputs: int = 1) -> Turned:
 def project(x: Float[Array, "*B *I"], weights: Weights, *, inputs: int = 1) -> Float[Array, "*B *O"]:
     """Contract the last `inputs` axes of x with the first ones of `weights`, in the dtype of x.
 
-    Written as one product of two matrices: the backward pass of the equivalent einsum takes several times as long on
-    a CPU, where only plain matrices reach the fast kernels.
-    Where a mesh splits positions or the MLP it is that einsum.
+    It is computed as one product of two matrices: on a CPU only these use the fast kernels, and the backward pass of
+    the equivalent einsum takes several times as long. If a mesh shards positions or the MLP, it is computed as the
+    einsum.
 
     Args:
       x: any leading axes, then the input axes.
-      weights: [*I, *O], or these `Turned`; in int4, made wide for the product; in int8, whose product is scaled at its
-        end; or with an adapter,
-        x @ base + (scale * (x @ down)) @ up, so that their sum is never in memory.
-      inputs: how many input axes there are.
+      weights: [*I, *O], or transposed (`Turned`); in int4, dequantised for the product; in int8, with the product
+        scaled afterwards; or with an adapter: x @ base + (scale * (x @ down)) @ up, so that the merged weights are
+        never in memory.
+      inputs: number of input axes.
     """
     if isinstance(weights, LowRank):
         narrow = weights.scale * project(x, weights.down, inputs=inputs)
@@ -62,11 +62,11 @@ def project(x: Float[Array, "*B *I"], weights: Weights, *, inputs: int = 1) -> F
     rows = math.prod(x.shape[-inputs:])
     if isinstance(weights, Turned):
         values = weights.values.astype(x.dtype)
-        # Without the barrier the compiler would write the product as the one that this avoids.
+        # Without the barrier the compiler would transpose the product back.
         product = jax.lax.optimization_barrier(values.reshape(-1, rows) @ x.reshape(-1, rows).T).T
         return product.reshape(*x.shape[:-inputs], *values.shape[:-inputs])
     if shards("positions", "mlp") > 1:
-        # Axes that devices split cannot be merged with those before them without gathering them.
+        # Merging a sharded axis with the axes before it would require a gather.
         axes = tuple(range(x.ndim - inputs, x.ndim)), tuple(range(inputs))
         return jax.lax.dot_general(x, weights.astype(x.dtype), (axes, ((), ())))
     product = x.reshape(-1, rows) @ weights.astype(x.dtype).reshape(rows, -1)

@@ -1,4 +1,4 @@
-"""Blocks that keep less for the backward pass, and compute it again there."""
+"""Rematerialisation: blocks that store fewer activations and recompute the rest in the backward pass."""
 
 from __future__ import annotations
 
@@ -8,17 +8,18 @@ import jax
 
 from jaxrl_llm.models.transformer_config import Rematerialisation
 
-# Under this name a block's attended values are found by the policy "attention".
+# Checkpoint name of the output of attention, which the policy "attention" stores.
 ATTENDED = "attended"
 
 
 def rematerialised(block: Callable, remat: Rematerialisation) -> Callable:
-    """`block`, whose backward pass computes again what the policy does not keep. Numbers do not change.
+    """`block` with a backward pass that recomputes the activations that the policy does not store; same numbers.
 
     Args:
       block: any function of arrays.
-      remat: "none" keeps everything; "full" its inputs alone; "dots" also the products of matrices, but not attention
-        scores; "attention" what attention returned; "offload_dots" is "dots" with the products in the host's memory.
+      remat: which activations are stored. "none": all; "full": only the inputs; "dots": also the products of matrices,
+        but not attention scores; "attention": also the output of attention; "offload_dots": as "dots", with the
+        products in the host's memory.
     """
     policies = jax.checkpoint_policies
     if remat == "none":

@@ -1,4 +1,4 @@
-"""Rotary positions in `config.json`: the old fields, the new ones, and one or two bases."""
+"""Fields of rotary positions in `config.json`: the old and the new spelling, with one or two bases."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from jaxrl_llm.models.transformer_config import TransformerConfig
 
 DEFAULT_BASE = 10_000.0
 KINDS = {"linear", "dynamic", "llama3", "yarn", "longrope", "proportional"}
-# "mrope" gives text, which has no rows and columns, the angles of plain positions; "su" is what longrope was called.
+# For text, "mrope" (with positions in rows and columns of images) is the default; "su" is an older name of longrope.
 _OTHER_NAMES = {"mrope": "default", "su": "longrope"}
 
 
 def rope_fields(source: Mapping[str, Any], *, local: bool, read: Collection[str] = ()) -> dict[str, Any]:
-    """rope_base, rope_scaling, local_rope_base and rope_fraction as config.json says them, in old or new writing.
+    """rope_base, rope_scaling, local_rope_base and rope_fraction from config.json, in the old or the new spelling.
 
     Args:
       source: config.json, with `rope_parameters`, or with `rope_theta`, `rope_scaling` and `partial_rotary_factor`.
-      local: some layer is windowed, so that a second base matters.
-      read: which of partial_rotary_factor and llama_4_scaling_beta this family reads; others pass over them.
+      local: some layers are windowed, so a second base is read.
+      read: which of partial_rotary_factor and llama_4_scaling_beta this family uses; others ignore these fields.
 
     Raises:
-      ValueError: for a kind of scaling that the decoder does not have.
+      ValueError: for a kind of scaling that is not supported.
     """
     scaling, written = source.get("rope_scaling") or {}, source.get("rope_parameters") or {}
     nested = {
@@ -33,7 +33,7 @@ def rope_fields(source: Mapping[str, Any], *, local: bool, read: Collection[str]
     }
     if nested:
         full = {**nested.get("full_attention", {}), **scaling}
-        # Where each kind of layer has its own, what stands outside of them is not theirs.
+        # If each kind of layer has its own parameters, the outer field does not apply to them.
         outer = {key: value for key, value in source.items() if key != "original_max_position_embeddings"}
         full["truncate"] = written.get("truncate", True)
     else:
@@ -68,10 +68,10 @@ def _scaling(written: Mapping[str, Any], source: Mapping[str, Any]) -> RopeScali
     if kind not in KINDS:
         raise ValueError(
             f"config.json has rope_scaling.rope_type {kind!r}, which is not supported; supported are default, "
-            f"{', '.join(sorted(KINDS))}. Remove rope_scaling where the context of pre-training is long enough"
+            f"{', '.join(sorted(KINDS))}. Remove rope_scaling if the context of pre-training is long enough"
         )
     longest, factor = source.get("max_position_embeddings"), written.get("factor")
-    # Where both places say it, the outer one counts.
+    # The outer field has precedence.
     context = source.get("original_max_position_embeddings") or written.get("original_max_position_embeddings")
     context = longest if kind == "dynamic" else context or longest
     if factor is None and kind in ("yarn", "longrope") and context and longest:
@@ -103,7 +103,7 @@ def _scaling(written: Mapping[str, Any], source: Mapping[str, Any]) -> RopeScali
 
 
 def _magnitude(written: Mapping[str, Any], factor: float) -> float | None:
-    """Factor on cosine and sine of YaRN, None for the default of the paper."""
+    """Factor on cosine and sine in YaRN; None for the default of the paper."""
     if written.get("attention_factor") is not None:
         return float(written["attention_factor"])
     scale, scale_all = written.get("mscale"), written.get("mscale_all_dim")
@@ -114,7 +114,7 @@ def _magnitude(written: Mapping[str, Any], factor: float) -> float | None:
 
 
 def rope_json(config: TransformerConfig) -> dict[str, Any]:
-    """The fields of `config.json`, in the old writing, which all versions of transformers read."""
+    """The fields of `config.json` in the old spelling, which all versions of transformers read."""
     written: dict[str, Any] = {"rope_theta": config.rope_base}
     if config.local_rope_base is not None:
         written["rope_local_base_freq"] = config.local_rope_base

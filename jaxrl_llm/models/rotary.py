@@ -1,4 +1,4 @@
-"""Rotary positions: frequencies, how they are stretched to longer contexts, and the rotation itself."""
+"""Rotary positions: frequencies, their scaling to longer contexts, and the rotation."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ RopeKind = Literal["linear", "dynamic", "llama3", "yarn", "longrope", "proportio
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How rotary frequencies are stretched to a context longer than that of pre-training.
+    """How rotary frequencies are scaled for a context longer than that of pre-training.
 
     Attributes:
       kind: "linear" divides every frequency by `factor` (position interpolation, arXiv 2306.15595); "dynamic" changes
-        nothing up to the old context, beyond which it would depend on the length and is refused; "llama3" divides the
-        slow ones and leaves the fast ones (arXiv 2407.21783); "yarn" does so along a ramp over dimensions and scales
-        the scores (arXiv 2309.00071); "longrope" divides each by a number of its own (arXiv 2402.13753);
-        "proportional" divides every one by `factor`, and only the first ones turn at all.
-      factor: new context / old context.
-      original_positions: the old context in tokens; all but linear and proportional.
-      low_frequency: waves with fewer turns than this in the old context are divided; llama3 only.
-      high_frequency: waves with more turns than this are left alone; llama3 only.
-      beta_slow: turns in the old context below which a dimension is divided; yarn only.
-      beta_fast: turns above which it is left alone; yarn only.
+        nothing up to the original context and refuses longer sequences, for which it would depend on the length;
+        "llama3" divides only low frequencies (arXiv 2407.21783); "yarn" divides along a ramp over dimensions and scales
+        the attention scores (arXiv 2309.00071); "longrope" divides each frequency by its own factor (arXiv
+        2402.13753); "proportional" divides every frequency by `factor` and sets all but the first ones to zero.
+      factor: new context / original context.
+      original_positions: the original context in tokens; all but linear and proportional.
+      low_frequency: frequencies with fewer periods than this in the original context are divided; llama3 only.
+      high_frequency: frequencies with more periods than this are unchanged; llama3 only.
+      beta_slow: periods in the original context below which a dimension is divided; yarn only.
+      beta_fast: periods above which it is unchanged; yarn only.
       truncate: the ends of the ramp are rounded outwards to whole dimensions; yarn only.
-      magnitude: factor on cosine and sine; yarn and longrope only. None gives 0.1 log(factor) + 1 to yarn, and
-        sqrt(1 + log(factor) / log(original_positions)) to longrope.
-      short: what longrope divides each frequency by, in a run whose sequences all fit into the old context.
-      long: the same in a run that goes beyond it.
-      extended: whether the run goes beyond it; None where nobody has said how long its sequences are.
+      magnitude: factor on cosine and sine; yarn and longrope only. None is 0.1 log(factor) + 1 for yarn, and
+        sqrt(1 + log(factor) / log(original_positions)) for longrope.
+      short: divisor of each frequency in longrope, for a run whose sequences fit into the original context.
+      long: the same for a run with longer sequences.
+      extended: whether the run has longer sequences; None if their length is unknown.
       turning: share of the frequencies that are not zero; proportional only.
       query_growth: a query at position p is multiplied by 1 + query_growth * log(1 + floor(p / original_positions)).
     """
@@ -70,7 +70,8 @@ class RopeScaling:
         if self.low_frequency >= self.high_frequency or self.beta_slow >= self.beta_fast:
             raise ValueError(
                 f"model.rope_scaling has low_frequency {self.low_frequency}, high_frequency {self.high_frequency}, "
-                f"beta_slow {self.beta_slow} and beta_fast {self.beta_fast}; each first must be below the second"
+                f"beta_slow {self.beta_slow} and beta_fast {self.beta_fast}; low_frequency must be below "
+                "high_frequency, and beta_slow below beta_fast"
             )
         if self.kind == "longrope" and not (self.short and len(self.short) == len(self.long)):
             raise ValueError(
@@ -89,12 +90,12 @@ class RopeScaling:
 
     @property
     def limit(self) -> int | None:
-        """The longest sequence whose angles are right, where nobody has said that none is longer."""
+        """The longest sequence whose angles are correct if the length of sequences is unknown; None for no limit."""
         return self.original_positions if self.kind in ("dynamic", "longrope") and self.extended is None else None
 
 
 def rotary_frequencies(size: int, base: float, scaling: RopeScaling | None = None) -> Float[Array, "R"]:
-    """base^(-2i/size) for i < size/2 in float32, stretched as `scaling` says."""
+    """base^(-2i/size) for i < size/2 in float32, scaled by `scaling`."""
     frequencies = base ** (-jnp.arange(0, size, 2, dtype=jnp.float32) / size)
     if scaling is None or scaling.kind == "dynamic":
         return frequencies
@@ -116,7 +117,7 @@ def rotary_frequencies(size: int, base: float, scaling: RopeScaling | None = Non
 
 
 def _ramp(size: int, base: float, scaling: RopeScaling) -> tuple[float, float]:
-    """Dimensions between which YaRN goes from left alone to divided: those with beta_fast and beta_slow turns."""
+    """The dimensions where the ramp of YaRN starts and ends: those with beta_fast and beta_slow periods."""
 
     def dimension(turns: float) -> float:
         return size * math.log((scaling.original_positions or 0) / (turns * 2 * math.pi)) / (2 * math.log(base))
@@ -125,7 +126,7 @@ def _ramp(size: int, base: float, scaling: RopeScaling) -> tuple[float, float]:
     if scaling.truncate:
         first, last = math.floor(first), math.ceil(last)
     first, last = max(first, 0), min(last, size - 1)
-    # A ramp of no width would divide zero by zero.
+    # A ramp of width zero would divide zero by zero.
     return first, last if last != first else last + 0.001
 
 
@@ -142,9 +143,10 @@ def rotary_angles(
 
 
 def _computed_once(x: Array) -> Array:
-    """The same numbers, in memory: on a CPU XLA would compute cosines anew for every entry of queries and keys.
+    """The same numbers, stored in memory: on a CPU XLA would recompute cosines for every entry of queries and keys.
 
-    It fuses all but a product into what reads it, barriers included; a product with the identity is exact.
+    XLA fuses every operation but a matrix product into its consumers, even across optimization barriers; the product
+    with the identity is exact.
     """
     if backend_in_use() != "cpu":
         return x
@@ -156,12 +158,12 @@ def rotate(
 ) -> Float[Array, "B T K G H"]:
     """Rotate each head's first 2R dimensions by the angle of the token's position.
 
-    Pairs are (i, i + R), or with `interleaved` (2i, 2i + 1); rotated, either comes out as (i, i + R), which products of
-    queries and keys do not tell apart.
+    Pairs are (i, i + R), or with `interleaved` (2i, 2i + 1). The result has pairs (i, i + R) in both cases, which gives
+    the same products of queries and keys.
     """
     shape = x.shape
     if shards("rows", "positions") == 1:
-        # Tokens on one axis: XLA on a CPU computes the rotation once then, and not in every form that is read.
+        # With all tokens on one axis, XLA on a CPU computes the rotation once, and not again for each layout.
         x, (cos, sin) = x.reshape(-1, 1, *shape[2:]), (a.reshape(-1, 1, a.shape[-1]) for a in angles)
     else:
         cos, sin = angles
@@ -178,13 +180,14 @@ def rotate(
 
 
 def require_in_context(scaling: RopeScaling | None, tokens: int) -> None:
-    """Refuse sequences beyond the old context where nobody has said how long they would be.
+    """Check that sequences of this length have correct angles.
 
     Raises:
-      ValueError: naming both lengths.
+      ValueError: if they are longer than `RopeScaling.limit`.
     """
     if scaling is not None and scaling.limit is not None and tokens > scaling.limit:
         raise ValueError(
-            f"sequences of {tokens} tokens are longer than the {scaling.limit} up to which the rotary angles of this "
-            f"model ({scaling.kind}) are right; load it with context_tokens, the length of the longest sequence"
+            f"sequences of {tokens} tokens are longer than {scaling.limit}, the largest length for which the rotary "
+            f"angles of this model ({scaling.kind}) are correct; load it with context_tokens, the length of the "
+            "longest sequence"
         )

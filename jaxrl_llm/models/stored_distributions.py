@@ -1,4 +1,4 @@
-"""Next-token distributions that a file holds, in the place of a network: the k likeliest tokens of each position."""
+"""Next-token distributions from a file instead of a network: the k most likely tokens of each position."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from jaxtyping import Array, Float, Int
 
 from jaxrl_llm.models.model import Model
 
-# Probability that is left to all other tokens at the least, so that no log-probability is infinite.
+# Least total probability of all other tokens, so that no log-probability is infinite.
 _LEAST_REST = 1e-6
 
 
 def as_states(top_tokens: Int[Array, "B T k"], top_logprobs: Float[Array, "B T k"]) -> Float[Array, "B T 2k"]:
-    """Stored distributions as the hidden states of `stored_distributions`."""
+    """Stored distributions in the form of the hidden states of `stored_distributions`."""
     return jnp.concatenate([top_tokens.astype(jnp.float32), top_logprobs.astype(jnp.float32)], axis=-1)
 
 
 def stored_distributions(vocabulary_size: int) -> Model:
-    """What scores like a model, from `as_states` in the place of hidden states.
+    """A model that returns stored distributions; its hidden states are those of `as_states`.
 
-    The k tokens have their log-probabilities, and what is left is shared evenly by the others.
+    The k tokens have their stored log-probabilities, and the remaining probability is spread evenly over the others.
 
     Args:
       vocabulary_size: V, below 2^24.
@@ -42,7 +42,7 @@ def stored_distributions(vocabulary_size: int) -> Model:
         return jax.vmap(lambda row, at, value: row.at[at].set(value, mode="drop"))(others, place, logprobs)
 
     def nothing(*arguments: object, **options: object) -> tuple[Array, None]:
-        raise ValueError("stored distributions have no forward pass; the rows hold them")
+        raise ValueError("stored distributions have no forward pass; read them from the rows of the file")
 
     return Model(
         init=lambda key: {},

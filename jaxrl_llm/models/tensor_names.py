@@ -1,4 +1,4 @@
-"""Where each tensor of a Hugging Face checkpoint lies in our parameter tree: one table, read in both directions."""
+"""The table between the tensors of a Hugging Face checkpoint and our parameter tree, used for import and export."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from jaxrl_llm.models.transformer_config import TransformerConfig
 from jaxrl_llm.models.transformer_specs import transformer_specs
 
 # The axes of our leaves, one letter each: layer l, expert e, vocabulary v, width d, key/value head k, slot s (the
-# queries of a key/value head, then its key, then its value), group g (its queries alone), head width h, gate or up c,
-# hidden width m, expert that is chosen x, a single number z, latent width r, head n, token of a convolution w,
-# layer that is no axis of a stack q, width of a layer's embedding p.
+# queries of a key/value head, then its key, then its value), group g (only its queries), head width h, gate or up c,
+# hidden width m, output of the router x, size one z, latent width r, head n, token of a convolution w, layer of a leaf
+# that is not in a stack q, width of a layer's embedding p.
 LEAF_AXES = {"embedding": "vd", "unembedding": "vd", "final_norm": "d"}
 LEAF_AXES |= {"per_layer_embedding": "vqp", "per_layer_projection": "dqp", "per_layer_norm": "p"}
 BLOCK_AXES = {
@@ -66,24 +66,24 @@ ALL_HEADS_AXES = {"query_norm": "lkgh", "key_norm": "lkh"}
 LATENT_AXES = {"query_norm": "lr"}
 
 
-# Leaves that are float32 whatever the dtype of the others, here and in checkpoints.
+# Leaves that are always float32, here and in checkpoints.
 IN_FLOAT32 = ("selection_bias",)
 
 
 @dataclass(frozen=True)
 class Naming:
-    """What an architecture names, or lays out, otherwise than Llama and Qwen do.
+    """Names and layouts of an architecture that differ from those of Llama and Qwen.
 
     Attributes:
       fused_qkv: queries, keys and values are one tensor.
       fused_gate_up: gate and up are one tensor.
-      fused_delta: so is what gated delta-net layers make of a token, by key head.
-      norms: names of norms, by ours.
-      router: of experts.
-      experts: of one expert, or without {e} of all of them.
-      outputs_first: tensors of all experts have outputs before inputs, and all of the gate before all of the rest.
-      matrices: of gate, up and down of an expert.
-      shared: of the MLP beside the experts.
+      fused_delta: the projections of gated delta-net layers are one tensor, ordered by key head.
+      norms: our name of a norm -> its name in the checkpoint.
+      router: name of the router.
+      experts: name of one expert, with {e}; without {e} of the tensors of all experts.
+      outputs_first: tensors of all experts have outputs before inputs, and gate above up.
+      matrices: names of gate, up and down of an expert.
+      shared: name of the MLP of shared experts.
     """
 
     fused_qkv: bool = False
@@ -133,14 +133,14 @@ _MOST_TENSORS = 500_000
 
 @dataclass(frozen=True)
 class Part:
-    """One tensor of a checkpoint, or some rows of it, as a box in one of our leaves.
+    """A tensor of a checkpoint, or some of its rows, and the slice of one of our leaves that it fills.
 
     Attributes:
-      tensor: its name there, with {l} for the layer and {e} for the expert.
+      tensor: its name in the checkpoint, with {l} for the layer and {e} for the expert.
       leaf: path in our tree.
-      dims: for each dimension of the tensor the axes of our leaf that it runs over, slowest first.
-      within: the part of an axis that it fills, as (start, size); axes that are not named are filled whole.
-      first_row: where it starts in the tensor's first dimension, for tensors that hold several parts.
+      dims: for each dimension of the tensor the axes of our leaf that it has, slowest first.
+      within: axis -> (start, size) of the slice; axes that are not listed are whole.
+      first_row: first row of the part in the tensor's first dimension, for tensors that have several parts.
     """
 
     tensor: str
@@ -151,19 +151,19 @@ class Part:
 
     @property
     def holds_experts(self) -> bool:
-        """Whether the tensor is that of all experts."""
+        """Whether the tensor has all experts."""
         return any("e" in axes for axes in self.dims)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """All parts of a family's checkpoint, and the axes that they are told in.
+    """All parts of a checkpoint, and the axes of our leaves.
 
     Attributes:
-      parts: as many as needed to fill every leaf exactly once.
+      parts: together they fill every leaf exactly once.
       axes: letters of each leaf's dimensions.
       shapes: of our leaves.
-      layers: numbers of the layers of each stack of blocks.
+      layers: indices of the layers of each stack of blocks.
     """
 
     parts: tuple[Part, ...]
@@ -172,7 +172,7 @@ class Layout:
     layers: Mapping[str, tuple[int, ...]]
 
     def ranges(self, part: Part) -> dict[str, tuple[int, int]]:
-        """(start, size) of every axis of the part's box."""
+        """(start, size) of every axis of the slice that the part fills."""
         sizes = zip(self.axes[part.leaf], self.shapes[part.leaf], strict=True)
         return {axis: part.within.get(axis, (0, size)) for axis, size in sizes}
 
@@ -182,12 +182,12 @@ class Layout:
         return tuple(math.prod(ranges[axis][1] for axis in axes) for axes in part.dims)
 
     def name(self, part: Part, layer: int, expert: int) -> str:
-        """Of the tensor for one layer of a stack and one expert."""
+        """Name of the tensor for one layer of a stack and one expert."""
         numbers = self.layers.get(part.leaf.split("/")[0])
         return part.tensor.format(l=layer if numbers is None else numbers[layer], e=expert)
 
     def names(self, part: Part) -> Iterator[tuple[str, int, int]]:
-        """(tensor name, layer of its stack, expert) of every tensor that the part stands for."""
+        """(tensor name, layer of its stack, expert) of every tensor of the part."""
         ranges = self.ranges(part)
         for layer in range(ranges.get("l", (0, 1))[1]):
             for expert in range(1 if part.holds_experts else ranges.get("e", (0, 1))[1]):
@@ -197,7 +197,7 @@ class Layout:
         """Name and shape of every tensor of the checkpoint, in the order of the table.
 
         Raises:
-          ValueError: for more than any model has.
+          ValueError: for an implausible number of tensors.
         """
         shapes: dict[str, tuple[int, ...]] = {}
         for part in self.parts:
@@ -210,7 +210,7 @@ class Layout:
 
 
 def layer_of(name: str) -> int | None:
-    """Number of the layer that a tensor of a checkpoint belongs to; None for those of no layer."""
+    """Index of the layer that a tensor of a checkpoint belongs to; None if it belongs to no layer."""
     found = re.search(r"\.layers\.(\d+)\.", name)
     return None if found is None else int(found[1])
 
@@ -254,7 +254,7 @@ def checkpoint_layout(config: TransformerConfig, architecture: str) -> Layout:
         Part("model.per_layer_projection_norm.weight", "per_layer_norm", ("p",)),
     ]
     parts += [Part("model.norm.weight", "final_norm", ("d",)), Part("lm_head.weight", "unembedding", ("v", "d"))]
-    # What a model does not have, its checkpoint does not have either.
+    # Parts whose leaf the model does not have are not in the checkpoint.
     present = tuple(part for part in parts if part.leaf in shapes)
     return Layout(present, {path: axes[path] for path in shapes}, shapes, config.stacks)
 
@@ -272,7 +272,7 @@ _PER_LAYER = [
 
 
 def _norms(config: TransformerConfig, naming: Naming) -> list[Part]:
-    # "post_attention" is the norm after the attention where there is one, and else the one before the MLP.
+    # "post_attention" is the norm after the attention in models that have one, else the norm before the MLP.
     names = {
         "attention_norm": "input_layernorm",
         "attention_post_norm": "post_attention_layernorm",
@@ -292,7 +292,7 @@ def _norms(config: TransformerConfig, naming: Naming) -> list[Part]:
 
 
 def _attention(whole: TransformerConfig, stack: str, naming: Naming) -> list[Part]:
-    # Queries, key and value as (start, size) in our fused projection.
+    # Slices (start, size) of queries, key and value in our fused projection.
     config, slots_there = whole.of_stack(stack), whole.slots_of(stack)
     group, parts, first = config.queries_per_kv * (2 if config.attention_gate else 1), [], 0
     kinds = {"q": (0, group), "k": (group, 1), "v": (group + 1, 1)}
@@ -311,7 +311,7 @@ def _attention(whole: TransformerConfig, stack: str, naming: Naming) -> list[Par
 
 
 def _delta(config: TransformerConfig, naming: Naming) -> list[Part]:
-    """In one key head: query, key, its values, their gates; strengths of its values, then their rates."""
+    """Order in one key head: query, key, values, gates of the values; write strengths of the values, decay rates."""
     delta = config.delta
     assert delta is not None
     key, group, values = delta.key_width, delta.values_per_key, delta.values_per_key * delta.value_width
@@ -357,7 +357,7 @@ def _latent(config: TransformerConfig) -> list[Part]:
 
 
 def _mlp(naming: Naming, theirs: str, ours: str, width: int) -> list[Part]:
-    """A gated MLP: its tensors begin with `theirs`, its leaves with `ours`."""
+    """A gated MLP; `theirs` is the prefix of its tensors, `ours` that of its leaves."""
     gate, up, down = naming.matrices
     parts = []
     for column, name in enumerate((gate, up)):
@@ -386,7 +386,7 @@ def _experts(naming: Naming) -> list[Part]:
 
 
 def _all_experts(naming: Naming) -> list[Part]:
-    """All experts in one tensor: inputs first, gate and up in turn, or outputs first, the gate before up."""
+    """All experts in one tensor: inputs first with gate and up interleaved, or outputs first with gate above up."""
     theirs = naming.experts
     first = naming.outputs_first
     return [

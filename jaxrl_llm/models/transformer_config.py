@@ -1,4 +1,4 @@
-"""What a decoder-only transformer is made of: one typed description that covers every family (see families.py)."""
+"""The config of a decoder-only transformer: one typed description for all families (see families.py)."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from jaxrl_llm.models.rotary import RopeScaling
 from jaxrl_llm.parallel.backend import backend_in_use
 from jaxrl_llm.ranges import Count, Positive, require_ranges
 
-# Names of the stacks of blocks in the parameters, see `TransformerConfig.stacks`.
-# Blocks that read have no keys and values of their own.
+# Names of the stacks of blocks in the parameters, see `TransformerConfig.stacks`. "Reading" blocks attend to the keys
+# and values of an earlier layer.
 STACKS = ("dense_blocks", "delta_blocks", "global_blocks", "reading_blocks", "global_reading_blocks", "blocks")
 LayerLoop = Literal["auto", "unrolled", "scanned"]
 CacheLayout = Literal["auto", "contiguous", "paged"]
 CachePrecision = Literal["compute", "int8"]
 Precision = Literal["float32", "bfloat16"]
-# What of a block the backward pass computes again instead of reading it back.
+# Which activations of a block the backward pass recomputes, see rematerialisation.py.
 Rematerialisation = Literal["none", "full", "dots", "attention", "offload_dots"]
 Activation = Literal["silu", "gelu", "gelu_tanh", "clamped_swiglu"]
-# What a norm of queries and keys is taken over: each head by itself, or all heads of a token together.
+# Norm of queries and keys: over each head separately, or over all heads of a token together.
 NormSpan = Literal["head", "all_heads"]
 
 _CHOICES: Mapping[str, Any] = {
@@ -51,62 +51,62 @@ class TransformerConfig:
     """Sizes and switches of a decoder-only transformer.
 
     Attributes:
-      vocabulary_size: symbols.
+      vocabulary_size: number of tokens.
       width: of the residual stream.
-      layers: blocks.
+      layers: number of blocks.
       heads: query heads.
       kv_heads: key/value heads; divides `heads`.
       head_width: of one head, even; None gives width / heads.
       mlp_width: hidden width of the gated MLP, or of one expert; None gives 3 * width.
       mlp_bias: the projections of the MLP, or of every expert, have biases.
-      activation: of the gate; clamped_swiglu is gate * sigmoid(1.702 gate) * (up + 1), with gate cut off above
-        `activation_limit` and up on both sides.
+      activation: of the gate; clamped_swiglu is gate * sigmoid(1.702 gate) * (up + 1), with gate at most
+        `activation_limit` and up clipped to +-`activation_limit`.
       activation_limit: of clamped_swiglu.
-      latent: keys and values are projections of a latent vector; then `head_width` is what is rotated, and there are as
-        many key/value heads as heads.
-      delta: some layers are gated delta-nets, which remember a state instead of keys and values.
-      global_heads: layers without a window have other heads.
-      reading_layers: last layers that attend to the keys and values of the last layer of their kind before them.
-      reading_mlp_width: hidden width of the MLP of these; None has `mlp_width`.
-      per_layer: every layer adds something of embeddings of its own.
-      layer_scales: the residual stream is multiplied by a number behind each layer, which does not learn.
+      latent: keys and values are projections of a latent vector; then `head_width` is the rotated width, and there are
+        as many key/value heads as heads.
+      delta: some layers are gated delta-nets, which have a recurrent state instead of keys and values.
+      global_heads: heads of layers without a window; None for those of the other layers.
+      reading_layers: number of last layers that attend to the keys and values of the last earlier layer of their kind.
+      reading_mlp_width: hidden width of the MLP of these layers; None is `mlp_width`.
+      per_layer: every layer has an additional embedding table.
+      layer_scales: the residual stream is multiplied after each layer by a scalar that is not trained.
       value_norm: RMSNorm without gains on values.
       experts: replaces the MLP of every block by a mixture of experts.
       rope_base: base of the rotary angles.
-      rope_scaling: stretches the angles beyond the context of pre-training.
-      rope_fraction: share of each head's dimensions that are rotated; the rest carry no position.
-      rope_pattern: which layers are rotated at all, repeated over the layers.
+      rope_scaling: scales the angles for a context longer than that of pre-training.
+      rope_fraction: share of each head's dimensions that are rotated; the others carry no position.
+      rope_pattern: which layers have rotary positions, repeated over the layers.
       rope_interleaved: dimensions are rotated in pairs (2i, 2i + 1) instead of (i, i + half).
-      window: tokens that a windowed layer sees, itself included.
-      window_pattern: which layers are windowed, repeated over the layers; used where `window` is set.
-      local_rope_base: base of the rotary angles in windowed layers, which are then not scaled; None: as the others.
+      window: tokens that a query of a windowed layer attends to, including its own.
+      window_pattern: which layers are windowed, repeated over the layers; needs `window`.
+      local_rope_base: base of the rotary angles in windowed layers, which are then not scaled; None is `rope_base`.
       qk_norm: RMSNorm on queries and keys before rotation.
-      qk_norm_span: over each head by itself, or over all heads of a token together.
+      qk_norm_span: over each head separately, or over all heads of a token together.
       qkv_bias: the query, key and value projections have biases.
       attention_out_bias: the output projection of the attention has a bias.
       query_scale: factor on the attention scores; None gives 1 / sqrt(head_width).
-      attention_gate: what a head attends to is multiplied by the sigmoid of a projection of the token.
+      attention_gate: the output of each head is multiplied by the sigmoid of a projection of the token.
       attention_sinks: each query head has a learned score that takes part in the softmax and has no value.
       attention_cap: scores s become cap * tanh(s / cap) before the softmax.
-      logits_cap: the same for the scores of the vocabulary.
-      norm_epsilon: inside the root of RMSNorm.
-      norm_offset: added to every gain of a norm; 1 where gains are stored as their difference from one.
-      pre_norms: RMSNorm on what the attention and the MLP read.
-      post_norms: RMSNorm on what they add to the residual stream.
-      residual_scale: factor on what they add.
+      logits_cap: the same for the logits.
+      norm_epsilon: added to the mean square in RMSNorm.
+      norm_offset: added to every gain of a norm; 1 for checkpoints that store gains minus one.
+      pre_norms: RMSNorm on the inputs of the attention and the MLP.
+      post_norms: RMSNorm on the outputs of the attention and the MLP.
+      residual_scale: factor on these outputs before they are added to the residual stream.
       embedding_scale: factor on the embedded tokens.
-      logits_divisor: the scores of the vocabulary are divided by it, before their cap.
+      logits_divisor: divisor of the logits, applied before their cap.
       tie_embeddings: the embedding table is also the output projection.
-      attention: how attention is computed, see attention.py; "auto" picks by backend, type and shape.
-      layer_loop: "unrolled" is about twice as fast on CPU, "scanned" compiles once for any depth; "auto"
-        unrolls on CPU.
-      remat: what of each block is computed again in the backward pass (a training run sets it from training.remat).
+      attention: how attention is computed, see attention.py; "auto" chooses by backend, dtype and shape.
+      layer_loop: "unrolled" is about twice as fast on CPU, "scanned" compiles one block for any depth; "auto" unrolls
+        on CPU.
+      remat: which activations the backward pass recomputes (a training run sets it from training.remat).
       parameter_dtype: storage dtype.
       compute_dtype: dtype of matrix products; norms, softmax and statistics are float32 regardless.
-      cache_dtype: how generation keeps keys and values: "compute" in the compute dtype; "int8" rounded, in a quarter of
-        float32's memory, so that what is sampled has other log-probabilities than the trainer computes.
-      cache_layout: how they lie while rows are decoded side by side: "contiguous", every row as long as the longest;
-        "paged", as long as what it has said; "auto" takes pages on one TPU whose kernel serves the head size.
+      cache_dtype: dtype of keys and values in the cache: "compute" is the compute dtype; "int8" needs a quarter of
+        float32's memory, and log-probabilities of sampling then differ from those of the trainer.
+      cache_layout: memory of keys and values in decoding: "contiguous" gives every row as many slots as the longest;
+        "paged" gives it pages for its own tokens; "auto" is paged on one TPU if its kernel supports the head size.
     """
 
     vocabulary_size: Count
@@ -169,34 +169,34 @@ class TransformerConfig:
                 raise ValueError(f"model.{name} is {getattr(self, name)!r}; it must be one of {known}")
         if self.cache_layout == "paged" and self.cache_dtype != "compute":
             raise ValueError(
-                f"model.cache_layout is 'paged' and model.cache_dtype is {self.cache_dtype!r}; pages are kept in the "
-                "compute dtype, so leave one of them out"
+                f"model.cache_layout is 'paged' and model.cache_dtype is {self.cache_dtype!r}; pages have the compute "
+                "dtype, so remove one of the two"
             )
         self._check_heads()
         self._check_patterns()
         if self.experts is not None and self.experts.dense_layers >= self.layers:
             raise ValueError(
-                f"model.experts.dense_layers is {self.experts.dense_layers} of {self.layers} layers, which leaves none "
-                "with experts; lower it, or leave experts out"
+                f"model.experts.dense_layers is {self.experts.dense_layers} of {self.layers} layers, so no layer has "
+                "experts; lower it, or remove experts"
             )
         self._check_kernels()
 
     def _check_kernels(self):
         if self.attention in ("xla", "cudnn") and self.attention_cap is not None:
             raise ValueError(
-                f"model.attention is {self.attention!r}, which has no soft cap, but model.attention_cap is "
+                f"model.attention is {self.attention!r}, which does not support a soft cap, but model.attention_cap is "
                 f"{self.attention_cap}; use auto, plain or splash"
             )
         if self.of_several_kinds and self.cache_layout == "paged":
             raise ValueError(
-                "model.cache_layout is 'paged', which does not serve a model with model.delta or model.global_heads; "
+                "model.cache_layout is 'paged', which does not support a model with model.delta or model.global_heads; "
                 "use auto or contiguous"
             )
         special = "attention_sinks" if self.attention_sinks else "latent" if self.latent is not None else None
         if special and (self.attention not in ("auto", "plain") or self.cache_layout == "paged"):
             raise ValueError(
                 f"model.attention is {self.attention!r} and model.cache_layout {self.cache_layout!r}, which do not "
-                f"serve a model with model.{special}; use attention auto or plain, and cache_layout auto or contiguous"
+                f"support model.{special}; use attention auto or plain, and cache_layout auto or contiguous"
             )
         if self.attention == "cudnn" and self.compute_dtype != "bfloat16":
             raise ValueError(
@@ -213,7 +213,7 @@ class TransformerConfig:
                     )
             for name in ("qk_norm", "qkv_bias", "attention_sinks", "attention_gate"):
                 if getattr(self, name):
-                    raise ValueError(f"model.{name} is true, which latent attention does not have; set it to false")
+                    raise ValueError(f"model.{name} is true, which latent attention does not support; set it to false")
         if self.heads % self.kv_heads:
             raise ValueError(f"model.heads is {self.heads}, which model.kv_heads {self.kv_heads} does not divide")
         if self.head_width is None and self.width % self.heads:
@@ -241,19 +241,19 @@ class TransformerConfig:
             patterns["delta.pattern"] = self.delta.pattern
             if (self.experts is not None and self.experts.dense_layers) or "blocks" not in self.stacks:
                 raise ValueError(
-                    f"model.delta.pattern is {self.delta.pattern} for {self.layers} layers: there must be a layer of "
-                    "attention among them, and model.experts.dense_layers must be 0"
+                    f"model.delta.pattern is {self.delta.pattern} for {self.layers} layers: at least one of them must "
+                    "have attention, and model.experts.dense_layers must be 0"
                 )
         for name, pattern in patterns.items():
             if not pattern:
-                raise ValueError(f"model.{name} is empty; give one boolean a layer, or a pattern that repeats")
+                raise ValueError(f"model.{name} is empty; give one boolean per layer, or a pattern that repeats")
             if len(pattern) > self.layers:
                 raise ValueError(f"model.{name} has {len(pattern)} entries for {self.layers} layers; shorten it")
         if self.window is None and (self.local_rope_base is not None or self.window_pattern != (True,)):
             raise ValueError(
                 f"model.window is not set, but model.local_rope_base is {self.local_rope_base} and "
-                f"model.window_pattern is {self.window_pattern}, which say something of windowed layers; set "
-                "model.window, or leave them out"
+                f"model.window_pattern is {self.window_pattern}, which apply only to windowed layers; set "
+                "model.window, or remove them"
             )
 
     @property
@@ -284,17 +284,17 @@ class TransformerConfig:
 
     @property
     def plain_attention(self) -> bool:
-        """Whether no kernel serves this model."""
+        """Whether no attention kernel supports this model."""
         return self.attention_sinks or self.latent is not None
 
     @property
     def of_several_kinds(self) -> bool:
-        """Whether layers differ in what they remember."""
+        """Whether layers differ in the kind or shape of their cache."""
         return self.delta is not None or self.global_heads is not None
 
     @property
     def cached_sizes(self) -> tuple[int, int, int]:
-        """(key/value heads, width of a key, width of a value) that a cache holds; latent keys hold the values."""
+        """(key/value heads, width of a key, width of a value) in a cache; latent keys contain the values."""
         if self.latent is None:
             return self.kv_heads, self.head_size, self.head_size
         return 1, self.latent.rank + self.latent.rope_width, 0
@@ -318,7 +318,7 @@ class TransformerConfig:
 
     @property
     def caches(self) -> dict[str, tuple[int, ...]]:
-        """The layers whose caches are of one shape and remember alike; those that read have none."""
+        """The layers in each group of caches of one kind and shape; reading layers have no cache."""
         alike = ["blocks" if stack == "dense_blocks" else stack for stack in self.stack_of_layer]
         kinds = {windowed for name, windowed in zip(alike, self.windowed, strict=True) if name == "blocks"}
         if len(kinds) > 1:
@@ -329,7 +329,7 @@ class TransformerConfig:
         return {name: layers for name, layers in _places(alike).items() if "reading" not in name}
 
     def of_stack(self, stack: str) -> TransformerConfig:
-        """The sizes of one stack of blocks as those of a model."""
+        """A config with the sizes of one stack of blocks."""
         if self.global_heads is None:
             return self
         changed: dict[str, Any] = {"global_heads": None, "reading_layers": 0, "reading_mlp_width": None}
@@ -340,7 +340,7 @@ class TransformerConfig:
         return replace(self, **changed)
 
     def slots_of(self, stack: str) -> int:
-        """Vectors of a key/value head in the fused projection: queries, each with its gate behind it, key and value."""
+        """Vectors of a key/value head in the fused projection: queries, each followed by its gate, key and value."""
         own = self.of_stack(stack)
         queries = (2 if self.attention_gate else 1) * own.queries_per_kv
         shared = self.global_heads is not None and self.global_heads.values_are_keys and stack.startswith("global_")
@@ -365,10 +365,10 @@ class TransformerConfig:
         return tuple(pattern[layer % len(pattern)] for layer in range(self.layers))
 
     def for_context(self, tokens: int) -> TransformerConfig:
-        """The same model for sequences of at most so many tokens, which decide between longrope's two sets of factors.
+        """The config for sequences of at most `tokens` tokens, which determines the set of longrope's factors.
 
         Raises:
-          ValueError: for more tokens than the rotary angles are right for.
+          ValueError: for more tokens than the rotary angles support.
         """
         scaling = self.rope_scaling
         if scaling is None or scaling.kind not in ("dynamic", "longrope"):
@@ -377,17 +377,17 @@ class TransformerConfig:
         if extended and scaling.kind == "dynamic":
             raise ValueError(
                 f"sequences of {tokens} tokens are longer than max_position_embeddings {scaling.original_positions}, "
-                "beyond which rope_scaling 'dynamic' depends on the length of each batch, which is not supported; take "
-                "shorter ones"
+                "beyond which rope_scaling 'dynamic' depends on the length of each batch, which is not supported; use "
+                "shorter sequences"
             )
         return replace(self, rope_scaling=replace(scaling, extended=extended))
 
     @property
     def unrolled(self) -> bool:
-        """Whether blocks are written out one after the other."""
+        """Whether the loop over blocks is unrolled."""
         return self.layer_loop == "unrolled" or (self.layer_loop == "auto" and backend_in_use() == "cpu")
 
 
 def _places(names: Sequence[str]) -> dict[str, tuple[int, ...]]:
-    """Where each name stands."""
+    """The indices of each name."""
     return {name: tuple(i for i, other in enumerate(names) if other == name) for name in dict.fromkeys(names)}

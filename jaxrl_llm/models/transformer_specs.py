@@ -1,4 +1,4 @@
-"""The parameters of the transformer, before they exist."""
+"""Descriptions of the parameters of the transformer."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from jaxrl_llm.models.transformer_config import TransformerConfig
 def transformer_specs(config: TransformerConfig) -> dict:
     """Describe every parameter. Blocks are stacked on a leading axis, in the stacks of `TransformerConfig.stacks`.
 
-    Query, key and value projections are one matrix, grouped by key/value head, so that one product computes them
-    and a split over key/value heads keeps every group whole. Gate and up are one matrix likewise.
+    Query, key and value projections are one matrix, grouped by key/value head, so that one product computes them and
+    sharding over key/value heads keeps each group on one device. Gate and up are also one matrix.
     """
     c = config
     spec = partial(ParameterSpec, dtype=jnp.dtype(c.parameter_dtype))
@@ -46,7 +46,7 @@ def transformer_specs(config: TransformerConfig) -> dict:
 
 
 def _makers(c: TransformerConfig):
-    """(any parameter, a gain of a norm, a bias) of the config's dtype."""
+    """Functions that describe (a weight, the gain of a norm, a bias) in the config's dtype."""
     spec = partial(ParameterSpec, dtype=jnp.dtype(c.parameter_dtype))
     return spec, partial(spec, scale=0.0, fill=1.0 - c.norm_offset), partial(spec, scale=0.0, fill=0.0)
 
@@ -56,14 +56,14 @@ def _out_scale(c: TransformerConfig) -> float:
 
 
 def _norms(c: TransformerConfig, layers: int, part: str) -> dict[str, ParameterSpec]:
-    """Before and after the attention or the MLP."""
+    """The norms before and after the attention or the MLP."""
     gain = _makers(c)[1]
     names = [f"{part}_norm"] * c.pre_norms + [f"{part}_post_norm"] * c.post_norms
     return {name: gain((layers, c.width), ("layer", None)) for name in names}
 
 
 def _per_layer(c: TransformerConfig, layers: int) -> dict[str, ParameterSpec]:
-    """What a layer makes of its embeddings, and the number behind it."""
+    """The projections of a layer's own embedding, and the scalar after the layer."""
     spec, gain, _ = _makers(c)
     block = {"layer_scale": spec((layers, 1), ("layer", None), 0.0)} if c.layer_scales else {}
     if c.per_layer is None:
@@ -83,7 +83,7 @@ def _fused(c: TransformerConfig, slots: int, layers: int) -> dict[str, Parameter
 
 
 def _latent(c: TransformerConfig, layers: int) -> dict[str, ParameterSpec]:
-    """Projections down to latents and up from them; heads are those that attention is divided over."""
+    """Projections down to latents and up from them; the head axis is the one that attention is sharded over."""
     spec, gain, _ = _makers(c)
     assert c.latent is not None
     sizes = c.latent
@@ -130,7 +130,7 @@ def _attention(whole: TransformerConfig, stack: str, layers: int) -> dict[str, P
 
 
 def _delta(c: TransformerConfig, layers: int) -> dict[str, ParameterSpec]:
-    """One product makes queries, keys, values and gates of a key head, another one the two numbers of each value."""
+    """One matrix gives queries, keys, values and gates of a key head, another the two scalars of each value head."""
     spec, _, _ = _makers(c)
     delta = c.delta
     assert delta is not None
@@ -145,7 +145,7 @@ def _delta(c: TransformerConfig, layers: int) -> dict[str, ParameterSpec]:
             ("layer", "kv_heads", None, None, None),
             delta.kernel**-0.5,
         ),
-        # e^-softplus(0): half of what is remembered is left after each token.
+        # e^-softplus(0): the state decays by half at each token.
         "delta_decay": constant(fill=0.0),
         "delta_rate": constant(fill=0.0),
         "delta_norm": spec((layers, width), ("layer", None), 0.0),
@@ -184,7 +184,7 @@ def _mlp(c: TransformerConfig, layers: int, *, routed: bool) -> dict[str, Parame
     if experts.router_bias:
         block["router_bias"] = bias((layers, experts.count), ("layer", None))
     if experts.selection_bias:
-        # Small differences of it decide which experts are chosen.
+        # In float32, because small differences change which experts are chosen.
         block["selection_bias"] = bias((layers, experts.count), ("layer", None), dtype=jnp.float32)
     if experts.own_norms:
         named = ("experts_norm", "experts_post_norm", "shared_post_norm", "router_gain")

@@ -1,4 +1,4 @@
-"""Weights in: a checkpoint directory -> parameters, read slice by slice straight into their sharding."""
+"""Import of weights: a checkpoint directory -> parameters, read slice by slice into their sharding."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from jaxrl_llm.models.decoder import transformer
 from jaxrl_llm.models.families import config_from_json, is_reward_model, is_vision_language, text_part
 from jaxrl_llm.models.imported import is_imported, read_imported
 from jaxrl_llm.models.model import Model
-from jaxrl_llm.models.packed import packing_of, unpacked, with_experts_apart, without_empty_biases
+from jaxrl_llm.models.packed import packing_of, unpacked, with_split_experts, without_empty_biases
 from jaxrl_llm.models.tensor_names import IN_FLOAT32, Layout, Part, checkpoint_layout, layer_of, leaves
 from jaxrl_llm.models.text_tensors import text_names
 from jaxrl_llm.models.transformer_config import TransformerConfig
@@ -27,7 +27,7 @@ from jaxrl_llm.models.transformer_config import TransformerConfig
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _ROWS_COMPARED_AT_ONCE = 4096
 _NUMBERS_AT_ONCE = 2**22
-_EXPONENT = 0x7F80  # of bfloat16; all of its bits are set in NaN and infinities, and in nothing else
+_EXPONENT = 0x7F80  # exponent bits of bfloat16, which are all set only in NaN and infinities
 
 
 def load_model(
@@ -38,12 +38,11 @@ def load_model(
     Args:
       directory: config.json and safetensors files.
       sharding, strict: as for `load_params`.
-      execution: how to compute: attention, layer_loop, parameter_dtype, compute_dtype, context_tokens (see
-        `config_from_json`).
+      execution: attention, layer_loop, parameter_dtype, compute_dtype, context_tokens (see `config_from_json`).
 
     Raises:
-      FileNotFoundError: for a path or file that is not there.
-      ValueError: for anything that does not fit, naming it.
+      FileNotFoundError: for a missing path or file.
+      ValueError: for a config or tensors that are not supported or do not fit.
     """
     model = transformer(load_config(directory, **execution))
     return model, load_params(directory, model.config, sharding=sharding, strict=strict)
@@ -53,18 +52,18 @@ def load_config(directory: str | Path, *, scores: bool = False, **execution: Any
     """The config of a checkpoint directory.
 
     Args:
-      directory: that holds config.json.
-      scores: it is a reward model, whose backbone is described (see sequence_classifiers.py).
+      directory: with config.json.
+      scores: the directory must be a reward model; returns the config of its backbone (see sequence_classifiers.py).
       execution: as for `config_from_json`.
 
     Raises:
-      FileNotFoundError: for a path that is not there.
-      ValueError: for a config that is not supported, or a model of the other kind.
+      FileNotFoundError: for a missing path.
+      ValueError: for a config that is not supported, or if `scores` does not match the kind of model.
     """
     directory = Path(directory)
     if not directory.exists():
         raise FileNotFoundError(
-            f"model path {directory} does not exist; give the directory that holds config.json and the weights"
+            f"model path {directory} does not exist; give the directory with config.json and the weights"
         )
     described = read_json(directory / "config.json")
     try:
@@ -73,15 +72,16 @@ def load_config(directory: str | Path, *, scores: bool = False, **execution: Any
         raise ValueError(f"{directory}: {error}") from None
     if is_reward_model(described) != scores:
         raise ValueError(
-            f"{directory} is no reward model: config.json names {described.get('architectures')}, which has no head"
+            f"{directory} is not a reward model: config.json has architectures {described.get('architectures')}, which "
+            "has no head for scores; give the directory of a reward model"
             if scores
-            else f"{directory} is a reward model ({described['architectures'][0]}), which scores texts and writes "
-            "none; name it as a network: networks.reward.path"
+            else f"{directory} is a reward model ({described['architectures'][0]}), which cannot generate text; use it "
+            "as a network: networks.reward.path"
         )
     if is_vision_language(described):
         warnings.warn(
-            f"{directory} is a vision-language checkpoint: its text part is read, images are not; the rest is carried "
-            "along into an export",
+            f"{directory} is a vision-language checkpoint: only its text model is used; an export copies the other "
+            "tensors unchanged",
             stacklevel=2,
         )
     return config
@@ -96,17 +96,17 @@ def load_params(
 ) -> PyTree:
     """Parameters as `transformer_specs` describes them, in the config's `parameter_dtype`.
 
-    Each process reads only the slices that its own devices hold, one leaf after the other, so that no host holds the
-    whole model.
+    Each process reads only the slices of its own devices, leaf by leaf, so that no host needs memory for the whole
+    model.
 
     Args:
-      directory: config.json and safetensors files, or what `save_imported` wrote.
+      directory: config.json and safetensors files, or the output of `save_imported`.
       config: of the model.
-      sharding: of every leaf, or a tree with one for each; None puts all on the first device.
-      strict: weights that are NaN or infinite are an error; without it they are warned of.
+      sharding: one for all leaves, or a tree with one for each leaf; None places all on the first device.
+      strict: weights that are NaN or infinite are an error; otherwise they are a warning.
 
     Raises:
-      FileNotFoundError: for a path or file that is not there.
+      FileNotFoundError: for a missing path or file.
       ValueError: for missing, surplus or mis-shaped tensors, damaged files, or a tied head that differs.
     """
     if is_imported(directory):
@@ -125,7 +125,7 @@ def load_params(
         dtype = jnp.dtype("float32" if path.endswith(IN_FLOAT32) else config.parameter_dtype)
 
         def read(index, path=path, slices=slices, dtype=dtype):
-            # Devices that hold the same slice share one read.
+            # Devices with the same slice share one read.
             key = tuple((part.start, part.stop) for part in index)
             if key not in slices:
                 slices[key] = leaf_slice(layout, path, index, stored, dtype)
@@ -139,20 +139,20 @@ def load_params(
             tree = tree.setdefault(section, {})
         tree[name] = jax.make_array_from_callback(shape, shardings[path], read, dtype=dtype)
     if not_finite:
-        told = f"{directory} holds weights that are NaN or infinite, in {', '.join(dict.fromkeys(not_finite))}"
+        problem = f"{directory} has weights that are NaN or infinite, in {', '.join(dict.fromkeys(not_finite))}"
         if strict:
-            raise ValueError(f"{told}; copy the files again, or load it without strict")
-        warnings.warn(f"{told}; what it computes will be NaN", stacklevel=2)
+            raise ValueError(f"{problem}; copy the files again, or load it without strict")
+        warnings.warn(f"{problem}; the outputs of the model will be NaN", stacklevel=2)
     return loaded
 
 
 def stored_model(directory: str | Path, config: TransformerConfig) -> tuple[Layout, dict[str, StoredTensor]]:
-    """(where tensors lie in our leaves, the tensors of the text model by the names in there)."""
+    """(the layout of the checkpoint, the stored tensors of the text model by the names of the layout)."""
     described, stored = read_json(Path(directory) / "config.json"), stored_tensors(directory)
     architecture, source = text_part(described)
     if is_vision_language(described):
         stored = {ours: stored[theirs] for ours, theirs in text_names(stored).items()}
-    # Parts that predict further tokens at once, which nothing here does; and the head of a reward model.
+    # Not read here: layers for multi-token prediction, and the head of a reward model.
     apart = ("mtp.", "score.") if is_reward_model(described) else "mtp."
     stored = {name: tensor for name, tensor in stored.items() if not name.startswith(apart)}
     stored = unpacked(stored, source, packing_of(source, architecture))
@@ -160,15 +160,15 @@ def stored_model(directory: str | Path, config: TransformerConfig) -> tuple[Layo
     if source.get("quantization_config"):
         stored = without_empty_biases(stored, layout.tensors())
     if not any(part.holds_experts for part in layout.parts):
-        stored = with_experts_apart(stored)
+        stored = with_split_experts(stored)
     if source.get("num_nextn_predict_layers"):
-        # The same as layers behind the last one.
+        # Layers for multi-token prediction may also be stored after the last layer.
         stored = {name: tensor for name, tensor in stored.items() if (layer_of(name) or 0) < config.layers}
     return layout, stored
 
 
 def _finite(array: np.ndarray) -> bool:
-    """Whether an array of float32 or bfloat16 holds neither NaN nor infinities."""
+    """Whether an array of float32 or bfloat16 has neither NaN nor infinities."""
     flat = array.reshape(-1)
     flat = flat.view(np.uint16) if array.dtype.itemsize == 2 else flat
     for start in range(0, flat.size, _NUMBERS_AT_ONCE):
@@ -187,7 +187,7 @@ def _per_leaf(layout: Layout, sharding: Sharding | PyTree | None) -> dict[str, S
     if given.keys() != layout.shapes.keys():
         raise ValueError(
             f"the tree of shardings has {', '.join(sorted(given))}, but the parameters are "
-            f"{', '.join(sorted(layout.shapes))}; give one sharding for each, or one for all"
+            f"{', '.join(sorted(layout.shapes))}; give one sharding for each parameter, or one for all"
         )
     return given
 
@@ -195,7 +195,7 @@ def _per_leaf(layout: Layout, sharding: Sharding | PyTree | None) -> dict[str, S
 def leaf_slice(
     layout: Layout, path: str, index: tuple[slice, ...], stored: Mapping[str, StoredTensor], dtype: Any
 ) -> np.ndarray:
-    """A box of one of our leaves, put together from the tensors that overlap it."""
+    """A slice of one of our leaves, assembled from the tensors that overlap it."""
     axes, shape = layout.axes[path], layout.shapes[path]
     box = {axis: part.indices(size)[:2] for axis, part, size in zip(axes, index, shape, strict=True)}
     out = np.empty([stop - start for start, stop in box.values()], dtype)
@@ -225,12 +225,12 @@ def _read_part(
     tensor: StoredTensor,
     axes: str,
 ) -> np.ndarray:
-    """The overlap of a part and a box, read from its tensor, with the axes in our order."""
+    """The overlap of a part and a slice of its leaf, read from its tensor, with the axes in our order."""
     rows, inner, shape = [], [], []
     for dimension, names in enumerate(part.dims):
         sizes = [ranges[axis][1] for axis in names]
         local = [(overlap[axis][0] - ranges[axis][0], overlap[axis][1] - ranges[axis][0]) for axis in names]
-        # Rows of the slowest axis that has any choice are contiguous in the file; faster axes are cut in memory.
+        # Slices of the slowest axis of size above 1 are contiguous in the file; faster axes are sliced in memory.
         slowest = next((i for i, size in enumerate(sizes) if size > 1), 0)
         stride = math.prod(sizes[slowest + 1 :])
         start, stop = local[slowest]
@@ -245,7 +245,7 @@ def _read_part(
 
 
 def _check_tied(stored: Mapping[str, StoredTensor]) -> None:
-    """A checkpoint may store a tied head all the same; it must then be the embedding."""
+    """Raises ValueError if a checkpoint with tied embeddings also stores a head that differs from the embedding."""
     embedding, head = stored[EMBEDDING], stored[HEAD]
     same = embedding.shape == head.shape
     for start in range(0, embedding.shape[0] if same else 0, _ROWS_COMPARED_AT_ONCE):

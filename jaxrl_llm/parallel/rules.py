@@ -17,6 +17,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, PyTree
@@ -246,45 +247,61 @@ def map_shards(function: Callable[[PyTree, PyTree], PyTree], whole: PyTree, spli
 
 
 def map_parts(
-    function: Callable[[Any, PyTree, PyTree], Array], parts: PyTree, split: PyTree, *names: str, part: str
+    function: Callable[[Any, Sequence[Array], PyTree], Array],
+    parts: Sequence[Array],
+    split: PyTree,
+    *names: str,
+    part_names: Sequence[tuple[str | None, ...]],
 ) -> Array:
     """The sum over devices of function(first, parts, split), where each device has some of `parts`.
 
     For a mixture of experts: the tokens of the devices along `expert` are gathered, each device computes the outputs of
-    its own experts, and the sums are scattered back.
+    its own experts, and the sums are scattered back. Experts whose hidden units are split as well give partial sums,
+    which are added up once for each token, rather than once for each of its experts.
 
     Args:
-      function: of some parts, the number of the first of them, and rows; its result starts with the axes of `split`.
-      parts: arrays whose first axis has the name `part`.
+      function: of some parts, the number of the first of them, and rows; its result starts with the axes of `split`. It
+        is a sum over the split axes of the parts.
+      parts: arrays. One that lacks an axis over which others are split is zero on all devices along it but the first,
+        so that it is added once.
       split: arrays whose first axes have `names`, all of one size in them.
-      names, part: in the table.
+      names: in the table.
+      part_names: of the axes of each of `parts`, all with the same first one.
     """
     ambient = _AMBIENT.get()
     if ambient is None:
         return function(0, parts, split)
     axes = axes_of(names, jax.tree.leaves(split)[0].shape[: len(names)], *ambient)
-    (over,) = axes_of((part,), jax.tree.leaves(parts)[0].shape[:1], *ambient)
-    manual = {axis for some in (*axes, over) for axis in some}
+    of_parts = [axes_of(given, part.shape, *ambient) for given, part in zip(part_names, parts, strict=True)]
+    over = of_parts[0][0]
+    summed = tuple(dict.fromkeys(axis for dimensions in of_parts for some in dimensions for axis in some))
+    manual = {axis for some in axes for axis in some} | {*summed}
     if not manual:
         return function(0, parts, split)
     by = P(*(some or None for some in axes))
     # Rows need to be gathered only if their axis is split over the devices of the experts.
-    exchanged = tuple(axis for axis in over if axis in axes[0])
-    repeated = tuple(axis for axis in over if axis not in axes[0])
+    exchanged = tuple(axis for axis in summed if axis in axes[0])
+    repeated = tuple(axis for axis in summed if axis not in axes[0])
+
+    def once(part, dimensions):
+        missing = [axis for axis in summed if not any(axis in some for some in dimensions)]
+        first = [jax.lax.axis_index(axis) == 0 for axis in missing]
+        return jnp.where(jnp.stack(first).all(), part, 0) if first else part
 
     def local(parts, split):
         with layout(None):
-            first = jax.lax.axis_index(over) * jax.tree.leaves(parts)[0].shape[0] if over else 0
+            first = jax.lax.axis_index(over) * parts[0].shape[0] if over else 0
             if exchanged:
                 split = jax.tree.map(lambda x: jax.lax.all_gather(x, exchanged, axis=0, tiled=True), split)
-            total = function(first, parts, split)
+            total = function(first, [once(*each) for each in zip(parts, of_parts, strict=True)], split)
             if repeated:
                 total = jax.lax.psum(total, repeated)
             return jax.lax.psum_scatter(total, exchanged, tiled=True) if exchanged else total
 
+    by_part = [P(*(some or None for some in dimensions)) for dimensions in of_parts]
     return jax.shard_map(
-        local, mesh=ambient.mesh, in_specs=(P(over or None), by), out_specs=by, axis_names=manual, check_vma=False
-    )(parts, split)
+        local, mesh=ambient.mesh, in_specs=(by_part, by), out_specs=by, axis_names=manual, check_vma=False
+    )(list(parts), split)
 
 
 def ambient_layout() -> Layout | None:

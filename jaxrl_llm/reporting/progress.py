@@ -1,6 +1,6 @@
-"""The display of a run: live on a terminal, single lines elsewhere, and tables before and after.
+"""The display of a run: live on a terminal, otherwise single lines, and tables before and after.
 
-`update` only stores floats; rich's own thread redraws a terminal a few times a second. Training never waits.
+`update` only stores floats, and a thread of rich redraws the terminal a few times per second, so training never waits.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from rich.text import Text
 
 
 class Column(NamedTuple):
-    """One number of the display: the metric `name`, shown as `label` in the format `form`, if it is present."""
+    """One number of the display: the metric `name`, if it is present, with this label and format."""
 
     label: str
     name: str
@@ -38,7 +38,7 @@ COLUMNS = (
     Column("loss", "loss", "{:+.4f}"),
 )
 
-# The rate is that of the last minute: a first step that compiles, or an evaluation, is soon forgotten.
+# The rate is measured over the last minute, so that compilation and evaluations affect it only briefly.
 RATE_WINDOW_SECONDS = 60.0
 
 
@@ -48,17 +48,17 @@ class Progress:
         with Progress(total=200, stage="grpo", sequences_per_step=64) as progress:
             progress.update(step, {"reward": 0.25, "loss": 0.1})
 
-    On a terminal: a bar with step, rate and time left above the current metrics. Elsewhere: one line every `every`
-    steps, or where that is None every 10 seconds; the first and the last update always get one.
+    On a terminal: a bar with step, rate and remaining time above the current metrics. Otherwise: one line every `every`
+    steps, or every 10 seconds if that is None; the first and the last update always print a line.
 
     Args:
-      total: last step of the stage; a resumed stage may start anywhere below.
+      total: last step of the stage; a resumed stage may start at a later step than 1.
       stage: its name.
       console: rich console; None for standard output.
-      sequences_per_step: completions of one step; gives tokens/s together with the metric completion_tokens.
-      every: steps between lines where there is no terminal; None for a line each 10 seconds.
-      columns: what is shown of the metrics.
-      clock: seconds.
+      sequences_per_step: completions of one step, to compute tokens/s from the metric completion_tokens.
+      every: steps between lines without a terminal; None for one line every 10 seconds.
+      columns: the displayed metrics.
+      clock: returns seconds.
 
     Raises:
       ValueError: total or every below 1.
@@ -103,15 +103,15 @@ class Progress:
             self._print_line()
 
     def update(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Remember the metrics of a step as the current ones.
+        """Set the current metrics; call it at most once per step.
 
         Args:
-          step: steps of this stage done so far.
-          metrics: Python floats; call at most once a step. A jax array here would make its reader wait for the device.
+          step: completed steps of this stage.
+          metrics: Python floats; converting a jax array would wait for the device.
         """
         now = self._clock()
         self._latest = (step, dict(metrics))
-        # At most two entries a second, so that the window stays short however fast the steps are.
+        # At most two entries per second, so that the window stays short for fast steps.
         if len(self._window) > 1 and now - self._window[-2][0] < 0.5:
             self._window.pop()
         self._window.append((now, step))
@@ -125,7 +125,7 @@ class Progress:
         self.console.print(Text(text), soft_wrap=True)
 
     def steps_per_second(self) -> float | None:
-        """Rate over the last minute; None before the second update."""
+        """Steps per second over the last minute; None before the second update."""
         if len(self._window) < 2:
             return None
         (began, first), (ended, last) = self._window[0], self._window[-1]
@@ -157,7 +157,7 @@ class Progress:
         return [(c.label, c.form.format(metrics[c.name])) for c in self.columns if c.name in metrics]
 
     def _display(self) -> Group:
-        # One read of the pair: this runs in rich's thread while `update` may replace it.
+        # One read of the pair, since `update` may replace it while this runs in the thread of rich.
         step, metrics = self._latest or (0, {})
         head = Table.grid(padding=(0, 1), expand=True)
         for style, ratio in (("bold", None), (None, 1), (None, None)):
@@ -175,11 +175,12 @@ def results_table(before: Mapping[str, float], after: Mapping[str, float]) -> Ta
 
     Args:
       before: accuracies in [0, 1] by name ("greedy", "pass@4", "maj@8", ...), and counts by names that end in
-        `_per_episode`; empty where there was none.
+        `_per_episode`; empty without an evaluation.
       after: the same after training.
 
     Returns:
-      A rich table of percentages and counts; the change of a percentage is in points, a dash where a side is missing.
+      A rich table of percentages and counts; the change of a percentage is in percentage points, and missing values are
+      dashes.
     """
     table = Table(title="evaluation")
     table.add_column("")
@@ -190,7 +191,7 @@ def results_table(before: Mapping[str, float], after: Mapping[str, float]) -> Ta
         change, counted = Text("–"), name.endswith("_per_episode")
         digits = 2 if counted else 1
         if old is not None and new is not None:
-            # Rounded first: a change that prints as 0.0 has no sign and no colour.
+            # Rounded first, so that a change that prints as 0.0 has no sign and no colour.
             points = round((new - old) * (1 if counted else 100), digits) + 0.0
             style = "" if counted or not points else "green" if points > 0 else "red"
             change = Text(f"{points:+.{digits}f}" if points else f"{0:.{digits}f}", style=style)
@@ -204,7 +205,7 @@ def samples_table(samples: Sequence[Mapping[str, Any]], step: int) -> Table:
 
     Args:
       samples: as written to samples.jsonl.
-      step: global step that they were drawn at.
+      step: global step at which they were sampled.
     """
     table = Table(title=f"samples of step {step}", show_lines=True)
     for heading in ("prompt", "completion", "answer"):
@@ -217,10 +218,10 @@ def samples_table(samples: Sequence[Mapping[str, Any]], step: int) -> Table:
 
 
 def units_table(rows: Iterable[tuple[str, int | float | str, str]]) -> Table:
-    """Table of what a config implies, printed when a run starts.
+    """Table of sizes that follow from a config, printed when a run starts.
 
     Args:
-      rows: (name, value, how the value follows), for example
+      rows: (name, value, derivation of the value), for example
         ("sequences_per_step", 64, "prompts_per_step 8 x samples_per_prompt 8").
 
     Returns:
@@ -231,7 +232,7 @@ def units_table(rows: Iterable[tuple[str, int | float | str, str]]) -> Table:
     table.add_column(justify="right", no_wrap=True)
     table.add_column(style="dim")
     for name, value, meaning in rows:
-        # bool is an int, and 'True' has no thousands.
+        # bool is a subclass of int.
         number = isinstance(value, int) and not isinstance(value, bool)
         table.add_row(Text(name), f"{value:,}" if number else str(value), Text(meaning))
     return table

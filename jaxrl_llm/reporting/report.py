@@ -1,7 +1,7 @@
-"""The report of one run or several: one HTML file that holds everything, for a browser without a network.
+"""The report of one or several runs: one self-contained HTML file, which needs no network.
 
-Plotly draws: its basic bundle (plotly.js-basic-dist-min of npm, whose licence is beside it) travels in the file,
-compressed. jinja2 fills the page in. Needs the extra `report`.
+The file includes the basic bundle of Plotly (plotly.js-basic-dist-min of npm, with its licence in this folder),
+compressed. The page is a jinja2 template. Needs the extra `report`.
 """
 
 from __future__ import annotations
@@ -34,19 +34,20 @@ from jaxrl_llm.reporting.reported_run import (
 
 MOST_SAMPLES = 300
 PER_SEED = ("seed", "run_dir", "name")
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#8c564b")  # of Okabe and Ito
+# The palette of Okabe and Ito, which colour-blind readers can distinguish.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#8c564b")
 FigureFormat = Literal["svg", "pdf", "png"]
 
 
 def write_report(runs: Sequence[ReportedRun], out: str | Path) -> Path:
-    """Write the report of runs into one HTML file, whole or not at all.
+    """Write the report of runs into one HTML file, atomically.
 
     Args:
-      runs: one or several; those whose configs differ in the seed alone are drawn as one curve with its spread.
+      runs: one or several; runs whose configs differ only in the seed are drawn as one curve with its spread.
       out: the file.
 
     Raises:
-      ValueError: for no runs, a run without metrics, a file that cannot be written, or a package that is missing.
+      ValueError: for no runs, a run without metrics, a file that cannot be written, or a missing package.
     """
     if not runs:
         raise ValueError("no run is given; name at least one run directory")
@@ -74,7 +75,7 @@ def rendered(runs: Sequence[ReportedRun]) -> str:
     data = {
         "runs": [
             {"name": run.name, "group": groups[i], "series": series(run, from_last_stage=len(runs) > 1)}
-            | {"stages": stages(run) if len(runs) == 1 else []}  # steps of several count from their last stage
+            | {"stages": stages(run) if len(runs) == 1 else []}  # with several runs, steps count from the last stage
             for i, run in enumerate(runs)
         ],
         "groups": list(dict.fromkeys(groups)),
@@ -106,7 +107,7 @@ def rendered(runs: Sequence[ReportedRun]) -> str:
 
 
 def different_settings(runs: Sequence[ReportedRun]) -> list[tuple[str, list[str]]]:
-    """Settings that are not the same in all runs, with the value in each."""
+    """Settings with different values in the runs, with the value in each."""
     flat = [flattened(run.config) for run in runs]
     names = dict.fromkeys(name for each in flat for name in each)
     rows = [(name, [json.dumps(each.get(name)) for each in flat]) for name in names]
@@ -114,7 +115,7 @@ def different_settings(runs: Sequence[ReportedRun]) -> list[tuple[str, list[str]
 
 
 def groups_of(runs: Sequence[ReportedRun]) -> list[str]:
-    """The name of the group of each run: runs that differ in the seed alone share one."""
+    """The name of the group of each run: runs that differ only in the seed are one group."""
     keys = [
         json.dumps({n: v for n, v in run.config.items() if n not in PER_SEED}, sort_keys=True, default=str)
         for run in runs
@@ -125,7 +126,7 @@ def groups_of(runs: Sequence[ReportedRun]) -> list[str]:
 
 
 def _script(data: Any) -> str:
-    """JSON that can stand in a script element: no text in it can end the element or start a comment."""
+    """JSON escaped for a script element: no text in it can end the element or start a comment."""
     text = json.dumps(_finite(data), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     for sign in "<>&\u2028\u2029":
         text = text.replace(sign, f"\\u{ord(sign):04x}")
@@ -133,7 +134,7 @@ def _script(data: Any) -> str:
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity: they become null."""
+    """The value with NaN and infinities replaced by null, since JSON has neither."""
     if isinstance(value, dict):
         return {name: _finite(each) for name, each in value.items()}
     if isinstance(value, list | tuple):
@@ -143,7 +144,7 @@ def _finite(value: Any) -> Any:
 
 @cache
 def _plotly() -> str:
-    """The drawing library, compressed, in letters."""
+    """The compressed bundle of Plotly in base64."""
     return base64.b64encode(Path(__file__).with_name("plotly-basic.min.js.gz").read_bytes()).decode()
 
 

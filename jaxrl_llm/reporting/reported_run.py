@@ -1,4 +1,4 @@
-"""What a run directory tells a report: curves, accuracies with intervals, samples, time, facts."""
+"""The content of a run directory for a report: curves, accuracies with intervals, samples, time, facts."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ import yaml
 
 from jaxrl_llm.reporting.run_directory import read_records
 
-MOST_POINTS = 2000  # of a curve; neighbouring steps are averaged beyond
-MOST_TOKENS = 400  # of a sample whose tokens are coloured
+MOST_POINTS = 2000  # of a curve; longer curves are averaged over neighbouring steps
+MOST_TOKENS = 400  # coloured tokens of a sample
 
 
 @dataclass(frozen=True)
 class ReportedRun:
-    """What a run directory says.
+    """The content of a run directory.
 
     Attributes:
-      name: what the report calls it.
+      name: its name in the report.
       path: the directory.
       config: its config.yaml.
       metrics, samples: records of its files.
-      summary: its summary.json; empty while it goes on.
+      summary: its summary.json; empty while it is running.
       evaluations: records by "before" and "after".
       changed: settings that differ from the defaults.
     """
@@ -43,7 +43,7 @@ class ReportedRun:
 
 
 def read_run(path: str | Path, *, name: str | None = None, changed: Mapping[str, Any] | None = None) -> ReportedRun:
-    """A run directory as a report reads it; the run may still go on.
+    """The content of a run directory; the run may still be running.
 
     Raises:
       ValueError: for a directory without a run, or damaged records.
@@ -52,7 +52,7 @@ def read_run(path: str | Path, *, name: str | None = None, changed: Mapping[str,
 
     path = Path(path)
     if not (path / "config.yaml").is_file():
-        raise ValueError(f"{path} is no run: there is no config.yaml in it; give the directory of a run")
+        raise ValueError(f"{path} is not a run: it has no config.yaml; give the directory of a run")
     config = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8")) or {}
     held = path / "summary.json"
     evaluations = {}
@@ -73,7 +73,7 @@ def read_run(path: str | Path, *, name: str | None = None, changed: Mapping[str,
 
 
 def headlines(runs: Sequence[ReportedRun], groups: Sequence[str]) -> list[tuple[str, list[dict[str, Any]], str]]:
-    """(name, rows, what their intervals are) of groups of seeds, and then of each run."""
+    """(name, rows, description of their intervals) of groups of seeds, and then of each run."""
     alone = {run.name: headline(run) for run in runs}
     found = []
     for group in dict.fromkeys(groups):
@@ -103,7 +103,7 @@ def _over_seeds(members: Sequence[list[dict[str, Any]]]) -> list[dict[str, Any]]
 
 
 def headline(run: ReportedRun) -> list[dict[str, Any]]:
-    """Rows of accuracy before and after, with 95% intervals where the run kept its evaluations."""
+    """Rows of accuracy before and after training, with 95% intervals if the run has evaluation records."""
     from jaxrl_llm.evaluation.comparison import compared
     from jaxrl_llm.evaluation.measures import measured
 
@@ -129,9 +129,9 @@ def headline(run: ReportedRun) -> list[dict[str, Any]]:
 
 
 def series(run: ReportedRun, *, from_last_stage: bool = False) -> dict[str, list[list[float | None]]]:
-    """[steps, values] of each metric; long ones averaged over neighbouring steps, what is not finite left out.
+    """[steps, values] of each metric; long ones are averaged over neighbouring steps, and values not finite are None.
 
-    Steps count over all stages, or from the start of the last one: seeds may need warm starts of different lengths.
+    Steps count over all stages, or from the start of the last one, since warm starts of seeds may differ in length.
     """
     found: dict[str, tuple[list, list]] = {}
     first = stages(run)[-1]["step"] - 1 if from_last_stage else 0
@@ -154,7 +154,7 @@ def _thinned(steps: list[int], values: list[float | None]) -> list[list[Any]]:
 
 
 def shown_samples(run: ReportedRun, most: int) -> list[dict[str, Any]]:
-    """Samples of training, and the greedy completions of the evaluations, spread evenly over what there is."""
+    """At most `most` evenly spaced samples of training and greedy completions of the evaluations."""
     samples = [{"run": run.name, "from": "training"} | sample for sample in run.samples]
     for when, records in run.evaluations.items():
         step = run.metrics[-1]["step"] if when == "after" else 0
@@ -207,9 +207,9 @@ def pass_curves(run: ReportedRun) -> list[dict[str, Any]]:
 
 
 def kl_curves(run: ReportedRun) -> list[dict[str, Any]]:
-    """What training maximises, and what the first reward accepts, against the KL divergence from the reference.
+    """Reward, share of correct samples and validation accuracy against the KL divergence from the reference.
 
-    A verifier that falls while the reward still rises shows where the policy has begun to exploit its reward.
+    If accuracy falls while the reward still rises, the policy has begun to exploit its reward.
     """
     found, kl = [], "kl_reference_per_token"
     for name in ("reward", "correct_share", "validation/pass@1"):
@@ -234,11 +234,11 @@ def seconds_by_part(run: ReportedRun) -> dict[str, float]:
 
 
 def facts(run: ReportedRun) -> dict[str, str]:
-    """Plain facts of a run: size, time, memory, machine, versions."""
+    """Facts of a run for a table: size, time, memory, machine, versions."""
     summary = run.summary
     facts = {"directory": str(run.path), "steps": str(run.metrics[-1]["step"])}
     if not summary:
-        return facts | {"state": "goes on, or was stopped"}
+        return facts | {"state": "running, or stopped"}
     seconds, tokens = summary.get("seconds", {}), summary.get("completion_tokens_sampled", 0)
     sampling = sum(value for name, value in seconds.items() if name not in ("total", "set-up", "warm start"))
     facts["time"] = f"{seconds.get('total', 0):,.0f} s"
@@ -248,7 +248,7 @@ def facts(run: ReportedRun) -> dict[str, str]:
         facts["goodput"] = f"{goodput['share']:.0%}: {of}"
     facts["tokens sampled in training"] = f"{tokens:,}"
     if sampling:
-        facts["tokens a second, with updates and evaluations"] = f"{tokens / sampling:,.0f}"
+        facts["tokens per second, including updates and evaluations"] = f"{tokens / sampling:,.0f}"
     if "peak_memory_bytes" in summary:
         facts["peak memory of the host"] = f"{summary['peak_memory_bytes'] / 2**30:.2f} GiB"
     if "compilations" in summary:

@@ -1,15 +1,15 @@
-"""The run directory: everything that a run leaves behind, in files that other programs can read.
+"""The run directory: the output of a run, in files that other programs can read.
 
-    config.yaml      the config as the run used it
-    metrics.jsonl    one JSON object a line: {"step": global step, name: number, ...}
-    samples.jsonl    one JSON object a line: {"step": global step, ...} with whatever describes a sample
-    starts.jsonl     how long each start of the run has lived, written as it goes
-    summary.json     the result, written once and whole
+    config.yaml      the config of the run
+    metrics.jsonl    one JSON object per line: {"step": global step, name: number, ...}
+    samples.jsonl    one JSON object per line: {"step": global step, ...} with the fields of a sample
+    starts.jsonl     the duration of each start of the run, updated while it runs
+    summary.json     the result, written once, atomically
     tensorboard/     the numbers of metrics.jsonl as TensorBoard events
 
-Resuming at step s takes back every record after s, so that a run that was killed and resumed leaves the same lines as
-one that was not, but for what the machine says (`metric_table.OF_MACHINE`: time, memory). For this, write the records
-of a step before the checkpoint of that step, and `sync` in between.
+Resuming at step s removes every record after s, so that a run that was killed and resumed has the same lines as one
+that was not, except for measurements of the machine (`metric_table.OF_MACHINE`: time, memory). This requires that the
+records of a step are written before its checkpoint, with `sync` in between.
 """
 
 from __future__ import annotations
@@ -35,22 +35,23 @@ STARTS = "starts.jsonl"
 
 
 class RunDirectory:
-    """The open files of one run; on several hosts one process opens it. A context manager.
+    """The open files of one run; with several hosts, one process opens it. A context manager.
 
         with RunDirectory("runs/demo", config) as run:
             run.write_metrics(1, {"loss": loss, "reward": reward})
 
     Args:
-      path: a local (or mounted) directory; made if it does not exist.
+      path: a local (or mounted) directory; created if it does not exist.
       config: the config of the run, written to config.yaml.
-      resume_step: None starts a run in an empty directory. A number resumes the run that is in the directory after
-        that global step, the step of the checkpoint that was restored.
-      loggers: what opens further loggers, by name; None for TensorBoard. One that fails later gets nothing more.
-      warn: is told of it.
+      resume_step: None starts a run in an empty directory. A number resumes the run in the directory after that global
+        step, which is the step of the restored checkpoint.
+      loggers: name -> function that opens a further logger; None for TensorBoard. A logger that fails is not used
+        again.
+      warn: called with a message if a logger fails.
 
     Raises:
-      ValueError: starting a run where something lies already, resuming one where nothing does, an address such as
-        gs://..., or a damaged record file.
+      ValueError: if a new run's directory is not empty, a resumed run's directory has no run, the path is an address
+        such as gs://..., or a record file is damaged.
     """
 
     def __init__(
@@ -69,7 +70,7 @@ class RunDirectory:
         else:
             if not (self.path / "config.yaml").is_file():
                 raise ValueError(
-                    f"run_dir={str(path)!r} holds no config.yaml, so there is no run to resume: name the directory of "
+                    f"run_dir={str(path)!r} has no config.yaml, so there is no run to resume: give the directory of "
                     "the run, or start a new one without resuming."
                 )
             for name in RECORD_FILES:
@@ -83,11 +84,11 @@ class RunDirectory:
         self._records = {name: (self.path / name).open("a", encoding="utf-8") for name in RECORD_FILES}
 
     def write_metrics(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Append one line to metrics.jsonl, and hand its numbers to the loggers.
+        """Append one line to metrics.jsonl, and log its numbers.
 
         Args:
           step: global step, counted over all stages of the run.
-          metrics: numbers (Python, numpy or jax scalars), or text that goes to metrics.jsonl only.
+          metrics: numbers (Python, numpy or jax scalars), or text, which is written only to metrics.jsonl.
         """
         record = _record(step, metrics)
         self._append("metrics.jsonl", [record])
@@ -100,7 +101,7 @@ class RunDirectory:
 
         Args:
           step: global step at which the samples were drawn.
-          samples: what describes each: prompt, completion, reward and the like; arrays become lists.
+          samples: the fields of each sample, such as prompt, completion and reward; arrays become lists.
         """
         records = [_record(step, sample) for sample in samples]
         self._append("samples.jsonl", records)
@@ -108,19 +109,19 @@ class RunDirectory:
             logger.call("samples", int(step), [{n: v for n, v in record.items() if n != "step"} for record in records])
 
     def write_start(self, record: Mapping[str, Any]) -> None:
-        """Append a line to starts.jsonl, which no resumption takes back."""
+        """Append a line to starts.jsonl, which resuming does not truncate."""
         with (self.path / STARTS).open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
-        """Write summary.json, whole or not at all."""
+        """Write summary.json atomically."""
         write_summary(self.path, summary)
 
     def sync(self) -> None:
-        """Force every record onto the disk: call it before the checkpoint of the same step is saved.
+        """Force all records onto the disk; call it before the checkpoint of the same step is saved.
 
         Raises:
-          FileNotFoundError: when the directory was moved or deleted; what is written would be seen by nobody.
+          FileNotFoundError: if the directory was moved or deleted, so that the records would be lost.
         """
         for name, file in self._records.items():
             os.fsync(file.fileno())
@@ -129,7 +130,7 @@ class RunDirectory:
             logger.call("sync")
 
     def close(self) -> None:
-        """Close the files; closing twice does no harm."""
+        """Close the files; may be called twice."""
         for file in self._records.values():
             file.close()
         for logger in self._loggers:
@@ -143,57 +144,57 @@ class RunDirectory:
         self.close()
 
     def _append(self, name: str, records: list[dict[str, Any]]) -> None:
-        # One write a call: a reader who follows the file, or a kill, sees whole lines wherever the system allows it.
+        # One write per call, so that a reader of the file, or a kill, usually finds complete lines.
         file = self._records[name]
         file.write("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
         file.flush()
 
 
 def write_summary(path: str | os.PathLike, summary: Mapping[str, Any]) -> None:
-    """Write summary.json into a run directory through a temporary file, so that it is whole or not there.
+    """Write summary.json into a run directory atomically, by renaming a temporary file.
 
     Args:
-      path: the run directory, which exists.
+      path: an existing run directory.
       summary: nested mappings and lists of numbers and text; numpy and jax values are converted.
     """
     _write_atomically(_local(path) / "summary.json", json.dumps(_plain(summary), indent=2, ensure_ascii=False) + "\n")
 
 
 def read_records(path: str | os.PathLike) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl or samples.jsonl, without a half-written last line.
+    """The records of a metrics.jsonl or samples.jsonl, without an incomplete last line.
 
-    A number that is not finite is written, and read back, as NaN, Infinity or -Infinity.
+    Numbers that are not finite are stored as NaN, Infinity or -Infinity.
 
     Args:
-      path: the file; one that does not exist has no records.
+      path: the file; a missing file has no records.
 
     Raises:
-      ValueError: a line other than the last is not a record.
+      ValueError: if a line other than the last is not a record.
     """
     return [record for _, record in _records(Path(path))]
 
 
 def last_step(path: str | os.PathLike) -> int | None:
-    """The last step of a metrics.jsonl or samples.jsonl; None where it records none.
+    """The last step in a metrics.jsonl or samples.jsonl; None if it has no records.
 
     Raises:
-      ValueError: a line other than the last is not a record.
+      ValueError: if a line other than the last is not a record.
     """
     return max((record["step"] for _, record in _records(Path(path))), default=None)
 
 
 def truncate_records(path: str | os.PathLike, step: int) -> int:
-    """Take back the records of a file after a global step, and a half-written last line.
+    """Remove the records of a file after a global step, and an incomplete last line.
 
     Args:
-      path: a metrics.jsonl or samples.jsonl; one that does not exist stays so.
-      step: the last global step whose records stay.
+      path: a metrics.jsonl or samples.jsonl; it may be missing.
+      step: the last global step whose records are kept.
 
     Returns:
-      The number of records that were dropped.
+      The number of removed records.
 
     Raises:
-      ValueError: a line other than the last is not a record.
+      ValueError: if a line other than the last is not a record.
     """
     path = Path(path)
     if not path.exists():
@@ -209,7 +210,7 @@ def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         return
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
-            # Without its line end the last line may be cut short and yet be JSON ("12" of "123").
+            # Without its line end the last line may be truncated but still valid JSON ("12" of "123").
             if not line.endswith(b"\n"):
                 return
             try:
@@ -219,8 +220,8 @@ def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                     raise TypeError
             except (ValueError, TypeError, KeyError):
                 raise ValueError(
-                    f"{path}, line {number}: {line[:80]!r} is not a JSON object with a whole number `step`. The file "
-                    "was damaged or written by something else: repair or delete that line, then resume."
+                    f"{path}, line {number}: {line[:80]!r} is not a JSON object with an integer `step`. The file was "
+                    "damaged or written by another program: repair or delete that line, then resume."
                 ) from None
             yield text, record
 
@@ -228,13 +229,13 @@ def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 def _record(step: int, values: Mapping[str, Any]) -> dict[str, Any]:
     if "step" in values:
         raise ValueError(
-            f"'step' is among the names {sorted(values)}: the global step is passed apart, rename the other."
+            f"'step' is among the names {sorted(values)}: the global step is a separate argument, rename the other."
         )
     return {"step": int(step), **_plain(values)}
 
 
 def _plain(value: Any) -> Any:
-    """Python's own numbers, text, lists and dicts in place of numpy's, jax's and others."""
+    """A value with numbers and arrays of numpy, jax and others converted to Python numbers, text, lists and dicts."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, Mapping):
@@ -250,7 +251,7 @@ def _plain(value: Any) -> Any:
         if array.dtype == np.float64:
             return array.tolist()
         if array.dtype.kind == "f" or array.dtype.name == "bfloat16":
-            # The shortest decimal that is this float32: 0.1, where a cast to float64 would write 0.10000000149011612.
+            # The shortest decimal of this float32: 0.1, where a cast to float64 would give 0.10000000149011612.
             return _nested(array.astype(np.float32))
     raise ValueError(
         f"a value of type {type(value).__name__} cannot be written as JSON: pass numbers, text, lists or dicts."
@@ -272,33 +273,33 @@ def _local(path: str | os.PathLike) -> Path:
     if re.match(r"[a-z][a-z0-9+.-]*://", os.fspath(path)):
         raise ValueError(
             f"run_dir={os.fspath(path)!r} is an address, but records are appended to local files: give a local or "
-            "mounted directory, and a `Mirror` of it brings them to the address."
+            "mounted directory, and use a `Mirror` to upload it to the address."
         )
     return Path(path)
 
 
 def require_empty(path: Path) -> None:
-    """Raises ValueError where a new run would be mixed with what lies at the path."""
+    """Raises ValueError if a path has files, with which the files of a new run would be mixed."""
     if path.exists() and not path.is_dir():
         raise ValueError(f"run_dir={str(path)!r} is a file: give a directory that is empty or does not exist.")
     found = sorted({entry.name for entry in path.iterdir()} - {FILE}) if path.exists() else []
     if found:
         raise ValueError(
-            f"run_dir={str(path)!r} is not empty (it holds {', '.join(found[:5])}{', ...' if len(found) > 5 else ''}), "
-            "and a new run would mix its records with those: resume the run that is there, give another run_dir, or "
-            "remove this one."
+            f"run_dir={str(path)!r} is not empty (it has {', '.join(found[:5])}{', ...' if len(found) > 5 else ''}), "
+            "and a new run would mix its records with those: resume the existing run, give another run_dir, or remove "
+            "this one."
         )
 
 
 def _write_atomically(path: Path, text: str) -> None:
-    # In the same directory, because a rename is atomic only within one file system.
+    # In the same directory, since a rename is atomic only within one file system.
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8", newline="\n") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        # mkstemp makes private files; a run's records are for everyone whom the umask allows.
+        # mkstemp creates files that only the owner can read; use the permissions of the umask instead.
         umask = os.umask(0)
         os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)

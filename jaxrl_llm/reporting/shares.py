@@ -1,8 +1,8 @@
-"""Files of a run by their names, and what each of several processes brings to its address where they share no disk.
+"""Which files of a run each process uploads if the run is at an address and each process has its own disk.
 
-Each writes the arrays that its devices hold to a directory of its own, brings those and what it alone writes
-(`own_folder`), and says which steps are there.
-Process 0 brings all else, and the meta of a checkpoint, without which it is not taken, after the arrays of all.
+Each process writes the arrays of its devices to its own disk, uploads these and the files that only it writes
+(`own_folder`), and then reports which steps it has uploaded. Process 0 uploads all other files. It uploads the metadata
+of a checkpoint, without which the checkpoint is incomplete, after all processes have uploaded their arrays.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
-OWN = "host"  # folder of a run: what each of its processes writes by itself
-BROUGHT = ".brought-"  # and the number of a process: what it says
-# Chunks of arrays, in checkpoints and in what is written once beside them, and what orbax notes on those of a process.
+OWN = "host"  # folder of a run with the files of processes other than 0
+BROUGHT = ".brought-"  # followed by the number of a process: the file with its report
+# Chunks of arrays, in checkpoints and in frozen parts, and the notes of orbax on the arrays of one process.
 _PARTS = re.compile(r"(checkpoints/\d+/state|frozen/[^/]+)/(.+/[\d.]+|array_metadatas/[^/]+)")
 
 
 class Share(NamedTuple):
-    """What one process brings.
+    """The uploads of one process.
 
     Attributes:
-      process, processes: its number, and how many there are; at least two.
-      start: tells this start of the run from others; the same for all processes.
+      process, processes: its number, and the number of processes, at least two.
+      start: id of this start of the run; the same for all processes.
     """
 
     process: int
@@ -34,42 +34,42 @@ class Share(NamedTuple):
 
     @property
     def is_main(self) -> bool:
-        """Whether it brings all but the arrays of others."""
+        """Whether it is process 0, which uploads all files but those of other processes."""
         return self.process == 0
 
     @property
     def others(self) -> range:
-        """The processes that bring nothing but arrays."""
+        """The other processes."""
         return range(1, self.processes)
 
     def brings(self, name: str) -> bool:
-        """Whether a file of the run is brought by this process, which is another than process 0.
+        """Whether this process, which is not process 0, uploads a file of the run.
 
-        >>> [Share(1, 2, "").brings(name) for name in ("host/1/stalled.txt", "host/0/x.log", "frozen/f/w/0")]
+        >>> [Share(1, 2, "").brings(name) for name in ("host/1/stalled.txt", "logs/x.log", "frozen/f/w/0")]
         [True, False, True]
         """
         return name.startswith(f"{OWN}/{self.process}/") or is_of_one_process(name)
 
     def say(self, fs: Any, root: str, steps: Collection[str]) -> None:
-        """That all arrays of these steps which this process has are there; or that it is still at work."""
-        said = {"start": self.start, "steps": list(steps), "at": time.time()}
-        fs.pipe_file(f"{root}/{BROUGHT}{self.process}", json.dumps(said).encode())
+        """Report that this process has uploaded its arrays of these steps, and that it is still running."""
+        report = {"start": self.start, "steps": list(steps), "at": time.time()}
+        fs.pipe_file(f"{root}/{BROUGHT}{self.process}", json.dumps(report).encode())
 
     def said_by(self, fs: Any, root: str, process: int) -> dict[str, Any]:
-        """What a process has said since this start of the run."""
+        """The last report of a process in this start of the run; one without steps if there is none."""
         try:
-            said = json.loads(fs.cat_file(f"{root}/{BROUGHT}{process}"))
-        except (FileNotFoundError, ValueError):  # a local file may be there half
-            said = {}
-        return said if isinstance(said, dict) and said.get("start") == self.start else {"steps": []}
+            report = json.loads(fs.cat_file(f"{root}/{BROUGHT}{process}"))
+        except (FileNotFoundError, ValueError):  # a local file may be incomplete
+            report = {}
+        return report if isinstance(report, dict) and report.get("start") == self.start else {"steps": []}
 
     def arrived(self, fs: Any, root: str) -> set[str]:
-        """Steps whose arrays all others have brought."""
+        """Steps whose arrays all other processes have uploaded."""
         return set.intersection(*(set(self.said_by(fs, root, other)["steps"]) for other in self.others))
 
 
 def own_folder(directory: Path, process: int) -> Path:
-    """Where a process writes what none of the others does: the run directory itself, `host/N` in it of process N > 0.
+    """The folder of files that only this process writes: the run directory for process 0, `host/N` in it for N > 0.
 
     >>> own_folder(Path("run"), 0).as_posix(), own_folder(Path("run"), 2).as_posix()
     ('run', 'run/host/2')
@@ -78,7 +78,7 @@ def own_folder(directory: Path, process: int) -> Path:
 
 
 def is_of_one_process(name: str) -> bool:
-    """Whether one process alone writes a file of a run.
+    """Whether a file of a run is a part that only one process writes.
 
     >>> is_of_one_process("checkpoints/20/state/params.w/0.1"), is_of_one_process("checkpoints/20/state/_METADATA")
     (True, False)
@@ -98,10 +98,10 @@ def step_folder(name: str) -> str | None:
 
 
 def step_folders(names: list[str]) -> list[str]:
-    """The folders of checkpoints that files belong to, once each."""
+    """The distinct folders of checkpoints that files belong to."""
     return sorted({step for name in names if (step := step_folder(name))})
 
 
 def step_number(step: str) -> int:
-    """Of the folder of a checkpoint."""
+    """The step of the folder of a checkpoint."""
     return int(step.split("/")[1])

@@ -16,25 +16,25 @@ from jaxrl_llm.rollout.plans import Plan
 
 @dataclass(frozen=True)
 class Rollout:
-    """A source of rows: the policy samples completions of the prompts that a step is handed.
+    """A source of rows: the policy samples completions of the prompts of a step.
 
     Attributes:
-      samples_per_prompt: completions of each prompt that learn.
+      samples_per_prompt: completions of each prompt to train on.
       max_completion_tokens: longest completion, end of sequence included.
       eos_ids: tokens that end a completion.
       pad_id: token that fills the rest; may be one of `eos_ids`.
-      temperature: of the softmax, above 0; the trainer scores at the same temperature.
-      plan: how they are asked for; None draws all at once.
-      prompts_per_step: prompts in a batch, if known: sizes that do not divide are then found when the step is built.
-      replay_router: a mixture of experts learns through the experts that sampled each token.
-      slots: completions that are decoded at a time; None decodes all side by side.
-      truncation: top-k, with top-p and min-p within it, of what is sampled. The trainer then computes over the tokens
-        that each one could have been, too; None samples from the whole vocabulary.
+      temperature: of the softmax, above 0; the trainer computes log-probabilities at the same temperature.
+      plan: in which rounds completions are sampled; None samples all at once.
+      prompts_per_step: prompts in a batch, if known; sizes that do not divide are then refused when the step is built.
+      replay_router: the update of a mixture of experts uses the experts that were chosen when each token was sampled.
+      slots: completions that are decoded at a time; None decodes all in one batch.
+      truncation: top-k sampling, optionally with top-p and min-p. The trainer then normalises over the same tokens;
+        None samples from the whole vocabulary.
       off_policy_steps: 1 samples a batch with the policy before the last update (one-step off-policy), 0 with the
         newest.
-      environment: what answers the turns of conversations; None where one completion is all.
-      engine: an engine in another process that samples in the place of the policy.
-      selection: what chooses the prompts of a step; None where the caller does. Needs `prompts_per_step`.
+      environment: returns the observations in multi-turn conversations; None for single-turn sampling.
+      engine: an engine in another process that samples instead of the policy.
+      selection: chooses the prompts of a step; None if the caller chooses them. Needs `prompts_per_step`.
     """
 
     samples_per_prompt: Count
@@ -55,8 +55,8 @@ class Rollout:
     def __post_init__(self):
         if self.truncation is not None and self.truncation.top_k is None:
             raise ValueError(
-                "rollout.top_p or rollout.min_p is set without rollout.top_k; training keeps the tokens that each one "
-                "was drawn from, so bound their number (for example top_k: 64)"
+                "rollout.top_p or rollout.min_p is set without rollout.top_k; training stores the set of tokens that "
+                "each token was sampled from, so set its largest size (for example top_k: 64)"
             )
         if self.off_policy_steps not in (0, 1):
             raise ValueError(f"rollout.off_policy_steps is {self.off_policy_steps}; it must be 0 or 1")

@@ -165,14 +165,9 @@ def run_directory(
     # Opened first, by one process: a new run needs it empty, and checkpoints create a directory in it.
     with ExitStack() as stack:
         if hosts.is_main() and resume_step is None:  # a run that goes on is owned from where its state is looked for
-            try:
-                require_empty(path)
+            require_new(path)
+            with _named_as_run_dir(path):
                 path.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                if (clause := storage_fault(error)) is None or error.errno in (errno.ENOSPC, errno.EDQUOT):
-                    raise
-                name = str(path) if len(str(path)) < 200 else f"{str(path)[:200]}..."
-                raise ValueError(f"run_dir={name} cannot be made: {clause}; give another run_dir") from None
             stack.enter_context(owned(path))
         opened = RunDirectory(path, config, resume_step=resume_step, **logging) if hosts.is_main() else Unwritten(path)
         directory = stack.enter_context(opened)
@@ -184,6 +179,23 @@ def run_directory(
         if mirror is not None:
             mirror.push_later()
         yield directory
+
+
+def require_new(path: Path) -> None:
+    """Raise ValueError for a run directory that holds something, or cannot be looked into."""
+    with _named_as_run_dir(path):
+        require_empty(path)
+
+
+@contextmanager
+def _named_as_run_dir(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if (clause := storage_fault(error)) is None or error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        name = str(path) if len(str(path)) < 200 else f"{str(path)[:200]}..."
+        raise ValueError(f"run_dir={name} cannot be made: {clause}; give another run_dir") from None
 
 
 def require_shared(path: Path) -> None:

@@ -68,21 +68,24 @@ def over(meta: Mapping[str, Any], stage: str, done: int) -> bool:
     return done > meta.get(KEPT, {}).get(stage, {}).get("decided", done)
 
 
-def require_metric(stage: str, config: Config, known: Iterable[str]) -> None:
-    """Raise ConfigError if the metric of training.stop_when is not among the metrics `known` of a stage."""
-    rule = config.training.stop_when
-    if rule is None:
-        return
-    if not rule.metric.startswith(VALIDATION):
-        if rule.metric not in known:
-            raise ConfigError(f"training.stop_when.metric is {rule.metric!r}; {nearest(rule.metric, known)}")
+def require_metric(key: str, metric: str, stage: str, config: Config, known: Iterable[str] | None = None) -> None:
+    """Raise ConfigError for a metric that a stage does not measure.
+
+    Args:
+      key: of the config that names the metric.
+      metric: its value.
+      stage: name of the stage.
+      config: of the stage.
+      known: metrics of its steps; None where only metrics of evaluations on the validation split are meant.
+    """
+    k = config.evaluation.k
+    names = [VALIDATION + name for name in ("greedy", *(f"pass@{n}" for n in k), *(f"maj@{n}" for n in k if n > 1))]
+    if not metric.startswith(VALIDATION):
+        if known is None or metric not in known:
+            raise ConfigError(f"{key} is {metric!r}; {nearest(metric, names if known is None else known)}")
     elif not config.evaluation.every_steps:
         raise ConfigError(
-            f"training.stop_when.metric is {rule.metric!r}, but the {stage} has no evaluations during training; set "
-            "evaluation.every_steps"
+            f"{key} is {metric!r}, but the {stage} has no evaluations during training; set evaluation.every_steps"
         )
-    elif not config.environment:
-        k = config.evaluation.k
-        names = [VALIDATION + name for name in ("greedy", *(f"pass@{n}" for n in k), *(f"maj@{n}" for n in k if n > 1))]
-        if rule.metric not in (*names, *(VALIDATION + name for name in COUNTED)):
-            raise ConfigError(f"training.stop_when.metric is {rule.metric!r}; {nearest(rule.metric, names)}")
+    elif not config.environment and metric not in (*names, *(VALIDATION + name for name in COUNTED)):
+        raise ConfigError(f"{key} is {metric!r}; {nearest(metric, names)}")

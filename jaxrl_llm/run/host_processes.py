@@ -9,9 +9,11 @@ from typing import Any
 import jax
 
 from jaxrl_llm.config import Config
-from jaxrl_llm.reporting.shares import OWN
+from jaxrl_llm.reporting.shares import own_folder
 from jaxrl_llm.rewards import Guarded
 from jaxrl_llm.rollout.host_calls import Caller, Returned
+
+LOGS = "logs"  # subfolder of output and tracebacks of users' functions
 
 
 @contextmanager
@@ -25,10 +27,11 @@ def guarded_functions(config: Config, compositions: Sequence[Any], stop: Callabl
     """
     terms = (term for c in compositions for term in (*c.rewards, *c.credit))
     functions = [term.function for term in terms if isinstance(term.function, Guarded)]
-    own = f"{OWN}/{jax.process_index()}" if jax.process_count() > 1 else OWN
+    logs = own_folder(config.directory, jax.process_index()) / LOGS
     for function in functions:
-        function.close()  # where it was tried before the run directory was there
-        function.folder, function.place = config.directory / own, f"{config.place}/{own}"
+        function.close()  # a process of the test call before the run, which had no log directory
+        function.folder = logs
+        function.place = f"{config.place}/{logs.relative_to(config.directory).as_posix()}"
         function.most_failed = config.faults.most_failed_share
         function.stop = stop
     try:

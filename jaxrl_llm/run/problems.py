@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -37,6 +37,18 @@ def columns(config: Config) -> frozenset[str]:
             first = first_row(path)
             found |= first if isinstance(first, dict) else {}
     return columns_of([{"raw": found}])
+
+
+@contextlib.contextmanager
+def naming_unreadable_data(config: Config) -> Iterator[None]:
+    """Replaces an error within by that of a data file that cannot be read: then its columns are unknown, and the error
+    may be a consequence."""
+    try:
+        yield
+    except ValueError:
+        for path in [one.path for one in (config.data, *config.data.sources.values()) if one.path is not None]:
+            first_row(path)
+        raise
 
 
 def _of_task(task: TaskConfig | None) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""Recipes: names and hyper-parameters in YAML -> the functions that a step is composed of.
+"""Recipes: names and hyper-parameters in YAML -> the functions of a step.
 
 An entry is a name, `{name: {hyper-parameter: value}}`, or `{python: "module:function", hyper-parameter: value}` for a
-function of the user's own. Names are the public names of the rooms; nothing is registered.
+user's function. A name is a public name of one of the packages below; there is no registry.
 """
 
 from __future__ import annotations
@@ -30,20 +30,23 @@ COEFFICIENT_ROOMS = (schedules, losses, advantages)
 
 
 class RecipeError(ValueError):
-    """A recipe entry that names nothing, or gives it what it cannot take."""
+    """A recipe entry with an unknown name, an unknown hyper-parameter or a value that is not allowed."""
 
     def __init__(self, message: str):
         super().__init__(shortened(message))
 
 
-# Beside the hyper-parameters of a reward or a fill: how it is called, where it is a reading.
+# Options of a call on the host (a reading), written next to the hyper-parameters of a reward or a fill.
 _CALLING = {"deadline_s": Optional[Positive], "value_on_failure": float | None}  # noqa: UP045
 _PROCESS = ("executor", "memory_gib")
 
 
 def reward_terms(entries: Sequence[Any], sizes: Mapping[str, Any] | None = None) -> tuple[Reward, ...]:
-    """Reward entries; `weight`, `name`, `deadline_s`, `value_on_failure`, `executor` and `memory_gib` may stand beside
-    the hyper-parameters."""
+    """Rewards of the entries of section `rewards`.
+
+    Next to the hyper-parameters an entry may have `weight`, `name`, `deadline_s`, `value_on_failure`, `executor` and
+    `memory_gib`.
+    """
     terms = []
     for entry in entries:
         name, hyper = entry_of(entry, "rewards")
@@ -59,12 +62,15 @@ def reward_terms(entries: Sequence[Any], sizes: Mapping[str, Any] | None = None)
 
 
 def verdict_of(reward: str) -> str:
-    """The view in which a network of the run writes its verdict for a reward of this name."""
+    """The name of the view in which a network of the run generates the verdict of a reward."""
     return f"{reward}_verdict"
 
 
 def credit_terms(entries: Sequence[Mapping[str, Any]], sizes: Mapping[str, Any] | None = None) -> tuple[Fill, ...]:
-    """Credit entries: `name: method`, or `"[name, name]": method` for a function that fills several, in order."""
+    """Fills of the entries of section `credit`.
+
+    An entry is `field: method`, or `"[field, field]": method` for a function that returns several fields, in order.
+    """
     terms = []
     for entry in entries:
         if not isinstance(entry, Mapping) or len(entry) != 1:
@@ -86,32 +92,38 @@ def credit_terms(entries: Sequence[Mapping[str, Any]], sizes: Mapping[str, Any] 
 def _in_process(
     function: Any, name: str, label: str, where: str, executor: str | None = None, memory_gib: float | None = None
 ) -> Any:
-    """A reading of the user's own, to be called in a process of its own where it pickles; anything else as it is."""
+    """A user's function that reads text, wrapped for a separate process if it can be pickled; others unchanged."""
     if executor not in (None, "process", "sandbox", "thread"):
         raise RecipeError(f"{where}.executor is {shown(executor)}; it must be 'process', 'sandbox' or 'thread'")
     if ":" not in name or not on_host(function) or executor == "thread":
         if executor in ("process", "sandbox") or memory_gib is not None:
-            raise RecipeError(f"{where} is no function of your own that reads text; leave executor and memory_gib out")
+            raise RecipeError(
+                f"{where} is not a function of yours that reads text, so it runs in the main process; remove executor "
+                "and memory_gib"
+            )
         return function
     if memory_gib is not None and not _number(memory_gib, f"{where}.memory_gib") > 0:
         raise RecipeError(f"{where}.memory_gib is {memory_gib}; it must be above 0")
     try:
         memory = None if memory_gib is None else int(float(memory_gib) * 2**30)
         return rewards.Guarded(function, label, memory, isolated=executor == "sandbox")
-    except Exception as error:  # pickle raises what it likes
+    except Exception as error:  # pickle may raise any exception
         if executor is not None:
             raise RecipeError(f"{where} cannot be called in a process: {error}; use executor: thread") from error
         return function
 
 
 def _filled(field: Any) -> str | tuple[str, ...]:
-    """The name that an entry of credit fills, or the names: `a, b` or `[a, b]`."""
+    """The field that an entry of credit fills, or the fields: `a, b` or `[a, b]`."""
     names = tuple(part.strip() for part in str(field).strip("[]").split(","))
     return names if len(names) != 1 else str(field).strip("[] ")
 
 
 def loss_terms(entries: Sequence[Any], sizes: Mapping[str, Any] | None = None) -> tuple[LossTerm, ...]:
-    """Loss entries; `coefficient` (a number, or an entry that makes one) and `name` may stand beside them."""
+    """Loss terms of the entries of section `losses`.
+
+    Next to the hyper-parameters an entry may have `name` and `coefficient` (a number, or an entry with a schedule).
+    """
     terms = []
     for entry in entries:
         name, hyper = entry_of(entry, "losses")
@@ -119,8 +131,8 @@ def loss_terms(entries: Sequence[Any], sizes: Mapping[str, Any] | None = None) -
         coefficient = number_or_method(coefficient, f"losses.{name}.coefficient", sizes)
         if isinstance(coefficient, float) and coefficient < 0:
             raise RecipeError(
-                f"losses.{name}.coefficient is {coefficient}; every loss is something to minimise, so give a number of "
-                "at least 0"
+                f"losses.{name}.coefficient is {coefficient}; every loss is minimised, so the coefficient must be at "
+                "least 0"
             )
         terms.append(LossTerm(method(name, hyper, (losses,), "losses", sizes), coefficient, label or _label(name)))
     return tuple(terms)
@@ -140,9 +152,10 @@ def method(
 ) -> Any:
     """The function that an entry names, with its hyper-parameters bound.
 
-    A function without data parameters is a factory: it is called, and what it returns is the method. A keyword without
-    a value that is named like a size of the run (`sizes`) is filled from it where it has no default, or None for one.
-    Beside its hyper-parameters, `reads: {reference_logprobs: teacher_logprobs}` has it read data of another name.
+    A function without data parameters is a factory: it is called, and its result is the method. A hyper-parameter that
+    the entry does not set, that has no default or the default None, and that has the name of a size of the run
+    (`sizes`) gets that size. With `reads: {reference_logprobs: teacher_logprobs}` next to the hyper-parameters, the
+    function reads another field instead of the one that its parameter names.
 
     Raises:
       RecipeError: for an unknown name or hyper-parameter (with the nearest known one), or a value of the wrong type.
@@ -153,7 +166,7 @@ def method(
         pairs = other.items() if isinstance(other, Mapping) else [(other, None)]
         if not all(isinstance(word, str) and word.isidentifier() for pair in pairs for word in pair):
             raise RecipeError(
-                f"{where}.{name}.reads is {shown(other)}; write {{a name of the function: the name to read}}"
+                f"{where}.{name}.reads is {shown(other)}; write {{parameter of the function: field to read}}"
             )
     function = user_function(name, where) if ":" in name else _public_function(name, rooms, where)
     read = signature(function)
@@ -190,10 +203,10 @@ def _public_function(name: str, rooms: Sequence[ModuleType], where: str) -> Call
 
 
 def user_function(path: str, where: str) -> Callable:
-    """The function at `module:function`, which may lie in the current directory.
+    """The function at `module:function`; the module may be a file in the current directory.
 
     Raises:
-      RecipeError: where there is none.
+      RecipeError: if the module cannot be imported or has no such function.
     """
     module_name, _, attribute = path.partition(":")
     if not all(part.isidentifier() for part in (*module_name.split("."), attribute)):
@@ -209,7 +222,7 @@ def user_function(path: str, where: str) -> Callable:
         ) from error
     except AttributeError:
         raise RecipeError(f"{where} names python: {path!r}, but {module_name!r} has no {attribute!r}") from None
-    except Exception as error:  # of the user's module
+    except Exception as error:  # the user's module may raise any exception
         raise RecipeError(f"{where} names python: {path!r}, but importing {module_name!r} failed: {error!r}") from error
     if not callable(function):
         raise RecipeError(f"{where} names python: {path!r}, which is not a function")
@@ -225,6 +238,10 @@ def entry_of(entry: Any, where: str) -> tuple[str, dict[str, Any]]:
     if isinstance(entry, str):
         return entry, {}
     if isinstance(entry, Mapping) and "python" in entry:
+        if ":" not in str(entry["python"]):
+            module, _, function = str(entry["python"]).rpartition(".")
+            near = f"; did you mean {module}:{function}?" if module else ""
+            raise RecipeError(f"{where} names python: {shown(entry['python'])}; write it as module:function{near}")
         return str(entry["python"]), {key: value for key, value in entry.items() if key != "python"}
     if isinstance(entry, Mapping) and len(entry) == 1:
         ((name, hyper),) = entry.items()
@@ -250,16 +267,16 @@ def _number(value: Any, where: str) -> float:
 
 
 def _typed(function: Callable, key: str, value: Any, where: str) -> Any:
-    """Check a value against the function's annotation, where it has one that says something."""
+    """A value, checked against the annotation of the function if there is one."""
     try:
         annotation = inspect.signature(function, eval_str=True).parameters[key].annotation
-    except NameError:  # a user's module may import names for the type checker alone
+    except NameError:  # a user's module may import names only for the type checker
         return value
     return value if annotation is inspect.Parameter.empty else _checked(annotation, value, where)
 
 
 def _calling(hyper: dict[str, Any], where: str) -> dict[str, Any]:
-    """How a reading is called, taken out of its hyper-parameters."""
+    """The options of a call on the host, removed from the hyper-parameters."""
     return {key: _checked(kind, hyper.pop(key), f"{where}.{key}") for key, kind in _CALLING.items() if key in hyper}
 
 

@@ -1,4 +1,4 @@
-"""The update of a step that failed, taken again group by group: which rows make which number not finite."""
+"""The failed update of a step, repeated group by group to find the rows that give numbers that are not finite."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from jaxrl_llm.training.learn import make_learn
 
 
 def replayed(path: str | Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """(what is known of the step, one entry a group) of a batch that a run has written for a number that is not finite.
+    """(description of the step, one entry per group) of a batch that a run stored because a number was not finite.
 
-    The losses and their gradient are computed for each group of the batch alone, with the policy of the last good
-    checkpoint before the step; where there was none, with the one that the run began with. Coefficients that change are
-    taken as 1. An entry says the rows of the group, the numbers that are not finite (terms of the loss first), and the
-    fields of these rows that are not.
+    The losses and their gradient are computed separately for each group, with the policy of the last good checkpoint
+    before the step, or with the initial policy if there was none. Scheduled coefficients are replaced by 1. An entry
+    has the rows of the group, the metrics that are not finite (terms of the loss first), and the fields of these rows
+    that are not finite.
 
     Raises:
-      ValueError: when the file is no such batch, or does not lie in its run.
+      ValueError: if the file is not such a batch, or is not in the directory of its run.
     """
     path = Path(path)
     described, rows = read_batch(path)
     run = path.resolve().parent.parent
     if not (run / "config.yaml").is_file():
-        raise ConfigError(f"{run}/config.yaml is missing: a batch is replayed where it was written, in RUN/failed/")
+        raise ConfigError(f"{run}/config.yaml is missing: replay the batch in its run directory, RUN/failed/")
     config = load_config(run / "config.yaml", ["mesh=auto"], vocabulary_size=CharacterTokenizer().vocabulary_size)
     stage = next(stage for stage in staged(config) if stage["name"] == described["stage"])
     built, key = stage["parts"], jax.random.key(config.seed)

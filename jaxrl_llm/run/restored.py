@@ -1,4 +1,4 @@
-"""A policy read back from where it lies: a run, one of its checkpoints, or a model directory."""
+"""A policy restored from a run, from one of its checkpoints, or from a model directory."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ from jaxrl_llm.training.segments import abstract_like, parameter_shardings
 
 @dataclass(frozen=True)
 class Policy:
-    """What can be sampled from and scored with.
+    """A model with its parameters and tokenizer, for sampling and for log-probabilities.
 
     Attributes:
       model: pure functions.
       params: their parameters.
       tokenizer: text <-> tokens.
-      source: where it was read from.
-      max_prompt_tokens: width of its run's prompts; None for a model directory.
-      max_completion_tokens: longest completion, unless another is asked for.
-      context_tokens: longest sequence that the model was made for; None where nothing says so.
+      source: the directory that it was read from.
+      max_prompt_tokens: longest prompt of its run; None for a model directory.
+      max_completion_tokens: default of the longest completion.
+      context_tokens: longest sequence that the model supports; None if unknown.
     """
 
     model: Model
@@ -52,18 +52,21 @@ class Policy:
     context_tokens: int | None = None
 
     def for_context(self, tokens: int) -> Policy:
-        """For sequences of at most so many tokens, on which rotary angles may depend; a run has settled that itself."""
+        """The policy for sequences of at most `tokens` tokens, on which scaled rotary angles may depend.
+
+        The policy of a run is returned unchanged: its config sets this length.
+        """
         if self.max_prompt_tokens is not None or not isinstance(self.model.config, TransformerConfig):
             return self
         return replace(self, model=transformer(self.model.config.for_context(tokens)))
 
 
 def restored_run(path: str | Path) -> tuple[Parts, Policy]:
-    """The parts and the newest (or the named) policy of a run directory or checkpoint.
+    """The parts of a run and its policy, from the newest checkpoint of a run directory or from one checkpoint.
 
     Raises:
-      ConfigError: when the run's config.yaml is not there.
-      CheckpointError: when there is no checkpoint, or it does not fit the config.
+      ConfigError: if the run's config.yaml is missing.
+      CheckpointError: if there is no checkpoint, or it does not fit the config.
     """
     built, folder, step = _parts_of(path)
     params = checkpoint_params(built, folder, step)
@@ -73,7 +76,7 @@ def restored_run(path: str | Path) -> tuple[Parts, Policy]:
 
 
 def checkpoint_params(built: Parts, folder: Path, step: int) -> PyTree:
-    """The policy's parameters of one checkpoint of a run, where the parts' devices want them."""
+    """The policy's parameters of one checkpoint of a run, sharded over the mesh of the parts."""
     place = built.step.composition.resources.placement
     mesh, rules = place.mesh, place.rules
     if built.model.trained is None:
@@ -83,46 +86,46 @@ def checkpoint_params(built: Parts, folder: Path, step: int) -> PyTree:
         )
         one = jax.tree.map(lambda leaf: device, shapes)
         like = abstract_like(shapes, one if mesh is None else parameter_shardings(built.model, mesh, rules))
-    else:  # what adapters are added to is not in the checkpoint
+    else:  # the checkpoint has the adapters but not the base model
         like = built.initial_params(jax.random.key(built.config.seed))
     return stored_states.restore_params(folder, step, like, trained=built.model.trained)
 
 
 def run_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer of a run directory or checkpoint; no parameters are read for it."""
+    """The tokenizer of a run directory or checkpoint; reads no parameters."""
     folder = Path(path) if (Path(path) / "config.yaml").is_file() else Path(path).parent.parent
     config = load_config(folder / "config.yaml", ["mesh=auto"], vocabulary_size=CharacterTokenizer().vocabulary_size)
     return described_policy(config, planned=True)[1]
 
 
 def _parts_of(path: str | Path, network: str = POLICY) -> tuple[Parts, Path, int]:
-    """(parts of the last stage of a run, its checkpoints directory, the step that is meant)."""
+    """(parts of the last stage of a run, its checkpoints directory, the step of the checkpoint)."""
     folder, step = integrity.latest_checkpoint(path, within=f"networks/{network}/params/")
     stored = folder.parent / "config.yaml"
     if not stored.is_file():
-        raise ConfigError(f"{stored} is missing: a checkpoint is read with the config.yaml of its run beside it")
-    # The machine that reads a checkpoint need not be the one that it was written on.
+        raise ConfigError(f"{stored} is missing: restoring a checkpoint needs the config.yaml of its run")
+    # The checkpoint may be read on another machine than the one that wrote it.
     here = ["mesh=auto", "training.offload=[]"]
     config = load_config(stored, here, vocabulary_size=CharacterTokenizer().vocabulary_size)
     return parts(last_stage(config), later=len(config.stages) > 1), folder, step
 
 
 def branched_params(built: Parts, key: Array) -> PyTree:
-    """The policy that `init_from` names, as parameters of this run's model.
+    """The policy of the checkpoint in `init_from`, converted to this run's model.
 
     Args:
-      built: of the run that starts.
-      key: of adapters that are new.
+      built: the parts of the new run.
+      key: for the initial values of new adapters.
 
     Raises:
-      CheckpointError: when there is none, or its model is another.
+      CheckpointError: if there is no checkpoint, or it has another model.
     """
     source, policy = restored_run(_branch(built))
     return jax.jit(partial(_converted, source, built))(policy.params, key)
 
 
 def require_branch(built: Parts) -> None:
-    """Raises CheckpointError where `init_from` names no checkpoint, or one of another model; nothing is read for it."""
+    """Raises CheckpointError if `init_from` is not a checkpoint of this model; reads no parameters."""
     source, _, _ = _parts_of(where := _branch(built))
     key = jax.random.key(0)
     made = jax.eval_shape(partial(_converted, source, built), jax.eval_shape(source.model.init, key), key)
@@ -136,7 +139,7 @@ def _branch(built: Parts) -> Path:
 
 
 def _converted(source: Parts, built: Parts, params: PyTree, key: Array) -> PyTree:
-    """Parameters of one model as those of another: with other adapters, or none, and in other dtypes."""
+    """Parameters of one model converted to another: adapters are merged or added, and dtypes change."""
     wanted, adapters = jax.eval_shape(built.model.init, key), built.config.lora
     if jax.tree.structure(params) != jax.tree.structure(wanted):
         params = params if source.model.trained is None else source.model.trained.merged(params)
@@ -147,11 +150,11 @@ def _converted(source: Parts, built: Parts, params: PyTree, key: Array) -> PyTre
 
 
 def restored_network(path: str | Path, name: str) -> tuple[Model, Network, PyTree]:
-    """(model, description, parameters) of a network of a run's newest checkpoint, as a run of another config reads it.
+    """(model, description, parameters) of a network in a run's newest checkpoint, for use in another run.
 
     Raises:
-      ConfigError: when the run's config.yaml is not there.
-      CheckpointError: when there is no checkpoint, or it holds no network of this name.
+      ConfigError: if the run's config.yaml is missing.
+      CheckpointError: if there is no checkpoint, or it has no network of this name.
     """
     built, folder, step = _parts_of(path, name)
     if name == POLICY:
@@ -164,29 +167,29 @@ def restored_network(path: str | Path, name: str) -> tuple[Model, Network, PyTre
     else:
         known = ", ".join((POLICY, *built.step.composition.networks))
         raise checkpoints.CheckpointError(
-            f"run {path} has no network {name!r}; it has {known}: name the one that is meant with `of`"
+            f"run {path} has no network {name!r}; set `of` to one of its networks: {known}"
         )
     params = stored_states.restore_params(folder, step, like, network=name)
     return network.model or built.model, network, params
 
 
 def restored_policy(path: str | Path, *, dtype: str | None = None, chat: bool = False) -> Policy:
-    """The policy of a run, a checkpoint, or a model directory (or owner/name of a repository).
+    """The policy of a run, of a checkpoint, or of a model directory (or owner/name of a repository).
 
     Args:
-      path: where it lies.
-      dtype: to compute in, for a model directory; None takes the stored one.
-      chat: prompts of a model directory go through its chat template.
+      path: the run, the checkpoint or the model directory.
+      dtype: for parameters and computation, for a model directory; None uses the stored dtype.
+      chat: apply the chat template of a model directory to prompts.
 
     Raises:
-      ValueError: when there is no model, or an option that a run decides by itself.
+      ValueError: if there is no model, or if `dtype` or `chat` is set for a run, whose config has these options.
     """
     path = at_hand(path)
     if is_run(path):
         if dtype is not None or chat:
             raise ValueError(
-                f"{path} is a run, whose config says its dtypes and prompts; leave out "
-                f"{'--chat' if chat else '--dtype'}, or export it and name the directory"
+                f"{path} is a run, whose config sets dtypes and prompts; remove {'--chat' if chat else '--dtype'}, or "
+                "export the run and give the exported directory"
             )
         return restored_run(path)[1]
     directory = hub.model_directory(path)
@@ -199,7 +202,7 @@ def restored_policy(path: str | Path, *, dtype: str | None = None, chat: bool = 
 
 
 def _context_tokens(directory: Path) -> int | None:
-    """What config.json says, or what rotary angles that are stretched reach, whichever is more."""
+    """The context length in config.json, or the one that scaled rotary angles reach, whichever is larger."""
     config = read_json(directory / "config.json")
     config = config.get("text_config") or config
     stretched = config.get("rope_scaling") or config.get("rope_parameters") or {}

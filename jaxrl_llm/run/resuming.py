@@ -1,4 +1,4 @@
-"""Where a run goes on from: its newest good checkpoint, with records that agree with it, or with a refusal."""
+"""The checkpoint that a run resumes from: the newest undamaged one, compared with the records of the run."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from jaxrl_llm.run.local_checkpoints import LocalCheckpoints, local_checkpoints,
 from jaxrl_llm.run.stages import Run
 
 
-def step_to_go_on_from(
+def resume_step(
     config: Config, *, exact: bool, first_saved: bool, say: Callable[[str], Any], apart: bool = False
 ) -> int | None:
-    """The step whose checkpoint a run goes on from; None begins it anew. All processes must call it.
+    """The step of the checkpoint that a run resumes from; None starts at step 0. All processes must call it.
 
     Args:
       config: of the run.
-      exact: refuse to go on from an earlier checkpoint than the newest.
-      first_saved: the run saves its first state before its first step.
-      say: tells people what was found.
-      apart: each process has the run on a disk of its own.
+      exact: refuse to resume from an earlier checkpoint than the newest.
+      first_saved: the run saves its initial state before its first step.
+      say: prints a message for the user.
+      apart: each process has the run directory on its own disk.
 
     Raises:
-      CheckpointError: when no checkpoint is good, or there is none although there are records of steps.
+      CheckpointError: if all checkpoints are damaged, or if there is none although steps were recorded.
     """
     folder = config.directory / "checkpoints"
     newest = integrity.newest_good(folder, exact=exact, say=say, apart=apart)
@@ -40,41 +40,44 @@ def step_to_go_on_from(
         there = "has no records" if recorded is None else f"ends at step {recorded}"
         say(
             f"warning: {config.directory}/metrics.jsonl {there}, but the checkpoint is of step {newest}: the records "
-            "in between are lost; what there is is kept"
+            "between them are lost; the other records are kept"
         )
     return newest
 
 
 def _require_no_records(folder: Path, recorded: int | None, first_save: int) -> None:
-    """Raises CheckpointError where steps were recorded, and checkpoints that must have been written are gone."""
+    """Raises CheckpointError if steps were recorded but their checkpoints are missing."""
     unfinished = folder.is_dir() and any("orbax-checkpoint-tmp" in path.name for path in folder.iterdir())
     if recorded is None or unfinished or (folder.is_dir() and recorded <= first_save):
         return
     raise checkpoints.CheckpointError(
-        f"{folder.parent} has records up to step {recorded}, but no checkpoint in {folder.name}/, so going on would "
-        "begin at step 0 and erase them; restore the checkpoints from a copy, or start a new run with another run_dir"
+        f"{folder.parent} has records up to step {recorded}, but no checkpoint in {folder.name}/, so resuming would "
+        "start at step 0 and delete them; restore the checkpoints from a copy, or start a new run with another run_dir"
     )
 
 
-def clear_the_way(config: Config, newest: int | None, say: Callable[[str], Any], *, apart: bool = False) -> None:
-    """Move checkpoints that the run cannot go on from out of `checkpoints`, one or each (`apart`). All must call it."""
+def move_damaged(config: Config, newest: int | None, say: Callable[[str], Any], *, apart: bool = False) -> None:
+    """Move checkpoints after step `newest` out of `checkpoints`. All processes must call it.
+
+    The main process moves them; with `apart`, each process on its own disk.
+    """
     if hosts.is_main() or apart:
         for moved in integrity.set_aside(config.directory / "checkpoints", -1 if newest is None else newest):
             say(f"damaged checkpoint moved to {moved}")
-    hosts.meet("damaged checkpoints are out of the way")
+    hosts.meet("damaged checkpoints are moved")
 
 
 def with_local(
     config: Config, mesh: Any, newest: int | None, meta: dict[str, Any], say: Callable[[str], Any]
 ) -> tuple[LocalCheckpoints | None, int | None, dict[str, Any]]:
-    """(checkpoints of this host, the step that the run goes on from, its meta). All processes must call it.
+    """(local checkpoints of this host, the step to resume from, its metadata). All processes must call it.
 
     Args:
       config: of the run.
-      mesh: that its state lies on.
-      newest: step of the checkpoint on the storage; None begins the run anew.
-      meta: of that checkpoint, or of the run that begins.
-      say: is told where every host has a later one.
+      mesh: of the devices that hold its state.
+      newest: step of the newest checkpoint in the run directory; None starts the run at step 0.
+      meta: of that checkpoint, or of the new run.
+      say: prints a message if the run resumes from a later local checkpoint, which every host must have.
     """
     if config.checkpoints.local_dir is None:
         return None, newest, meta
@@ -83,12 +86,12 @@ def with_local(
     later = None if newest is None else local.agreed(newest)
     if later is None:
         return local, newest, meta
-    say(f"going on from the local checkpoint of step {later}; the storage has step {newest}")
+    say(f"resuming from the local checkpoint of step {later}; the run directory has step {newest}")
     return local, later, local.meta(later) | {"placement": meta["placement"]}
 
 
 def restored_state(run: Run, step: int, like: TrainState, trained: Trained | None) -> TrainState:
-    """The state of a step: from the storage, or from this host where only that has it."""
+    """The state of a step: from the run directory, or from the local checkpoint if only that has the step."""
     folder = run.config.directory / "checkpoints"
     if run.local is None or step in checkpoints.steps(folder):
         return stored_states.restore(folder, step, like, trained=trained)

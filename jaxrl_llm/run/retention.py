@@ -1,4 +1,4 @@
-"""Which checkpoints stay: the newest, some for ever, and the best."""
+"""Which checkpoints are kept: the newest, multiples of a number of steps, and the best by a metric."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policy
 
-METRIC = "metric"  # what a checkpoint is saved with, for the best to be chosen by
+METRIC = "metric"  # name of the stored metric by which the best checkpoints are chosen
 
 
 def preserved(keep: int, keep_every_steps: int | None, keep_best: int, best_is: str) -> policy.PreservationPolicy:
-    """The policy of `checkpoints.checkpoint_manager`, whose arguments these are."""
+    """The preservation policy of `checkpoints.checkpoint_manager`, which documents these arguments."""
     policies: list[Any] = [policy.LatestN(keep)]
     if keep_every_steps:
         policies.append(_Multiples(keep_every_steps))
@@ -28,8 +28,10 @@ def preserved(keep: int, keep_every_steps: int | None, keep_best: int, best_is: 
 
 
 class _Multiples:
-    """Keeps steps that are multiples of a number, whichever steps there are between (orbax's `EveryNSteps` keeps those
-    that are so far apart)."""
+    """Keeps the steps that are multiples of a number.
+
+    The `EveryNSteps` of orbax keeps steps that are at least this far apart, which need not be multiples.
+    """
 
     def __init__(self, every: int):
         self.every = every

@@ -1,4 +1,4 @@
-"""Rewards before anything is compiled: whether the data has what they read, and whether they can be called at all."""
+"""Checks of rewards before compilation: the data has the columns that they read, and each can be called."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from jaxrl_llm.fields import TEXT
 from jaxrl_llm.run.explain import trace
 from jaxrl_llm.run.setup import Parts
 from jaxrl_llm.signatures import required
-from jaxrl_llm.training.reading import Context, read_values
+from jaxrl_llm.training.reading import Context, columns_of, read_values
 
 _READ_ANSWERS = frozenset(name for name in (*TEXT, *FACTS) if name.startswith("answer"))
 
 
 def answers_of(records: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether a split has reference answers: a user's file need not."""
+    """Whether a split has reference answers; they are optional in a user's file."""
     return len(records) > 0 and bool(records[0]["answer"])
 
 
 def require_answers(parts: Parts, sets: Mapping[str, Any]) -> None:
-    """Raises ValueError where something reads reference answers and the data has none."""
+    """Raises ValueError if a reward, fill or loss reads reference answers and the data has none."""
     c, own = parts.step.composition, parts.config.data
     if "train" not in sets or answers_of(sets["train"]):
         return
@@ -32,35 +32,61 @@ def require_answers(parts: Parts, sets: Mapping[str, Any]) -> None:
         for term in terms:
             if _READ_ANSWERS & required([term.function]):
                 raise ValueError(
-                    f"{kind} {term.name!r} reads the reference answer, but the lines of {own.path} have none; name "
-                    "their field in data.fields.answer, or use a reward that reads other columns"
+                    f"{kind} {term.name!r} reads the reference answer, but the lines of {own.path} have none; set "
+                    "data.fields.answer to its column, or use a reward that reads other columns"
+                )
+
+
+def require_read(stages: Mapping[str, Parts], sets: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raise ValueError if the data of a stage lacks reference answers or columns that something reads."""
+    for name, parts in stages.items():
+        require_answers(parts, sets[name])
+        require_columns(parts, sets[name])
+
+
+def require_columns(parts: Parts, sets: Mapping[str, Any]) -> None:
+    """Raises ValueError where a row of the user's file lacks a column that a reward or a fill requires."""
+    c, own = parts.step.composition, parts.config.data
+    if "train" not in sets or own.path is None:
+        return
+    readings = [term for term in (*c.rewards, *c.credit) if term.on_host]
+    known = columns_of([sets["train"][0]]) | c.resources.columns
+    for term in readings:
+        for name in sorted(required([term.function]) & known):
+            lacking = [each for each in sets["train"] if name not in each and name not in (each.get("raw") or {})]
+            if lacking:
+                first = lacking[0]
+                raise ValueError(
+                    f"{term.name!r} reads the column {name!r}, which {len(lacking):,} of {len(sets['train']):,} "
+                    f"training rows of {own.path} lack, such as row {first['item_id'] + 1} ({first['body'][:60]!r}); "
+                    f"add it (null where there is no value), or leave such rows out: data.where='{name} is defined'"
                 )
 
 
 def try_rewards(parts: Parts, sets: Mapping[str, Any]) -> None:
-    """Call each reward that reads text on one row: the first problem with its reference completion as what was said.
+    """Call each reward that reads text on two rows: the first training problem with its reference completion.
 
-    A reward with a value on failure may fail, and is not tried.
+    A reward with `value_on_failure` is allowed to fail, so it is not called.
 
     Raises:
-      RewardError: as a step would, before one is compiled.
+      RewardError: if a reward fails.
     """
     terms = [t for t in parts.step.composition.rewards if t.on_host and t.value_on_failure is None]
     if not terms or "train" not in sets or parts.step.composition.rollout is None:
         return
     record, decode = sets["train"][0], parts.tokenizer.decode
-    rows = _one_row(trace(parts), parts.tokenizer.encode(record.get("response") or record["answer"]))
+    rows = _two_rows(trace(parts), parts.tokenizer.encode(record.get("response") or record["answer"]))
     context = Context([record], decode)
-    state: Any = SimpleNamespace(step=0)  # all that a reading sees of it
+    state: Any = SimpleNamespace(step=0)  # a reading uses only the step of the state
     outputs = {term.name: (f"reward/{term.name}",) for term in terms}
-    read_values(terms, outputs, rows, None, state, context, np.arange(1), None, None)
+    read_values(terms, outputs, rows, None, state, context, np.arange(2), None, None)
 
 
-def _one_row(shapes: Experience, completion: Sequence[int]) -> dict[str, np.ndarray]:
-    """The arrays of a row that says this: what is not known before a step is zero."""
-    held = {name: np.zeros((1, *leaf.shape[1:]), leaf.dtype) for name, leaf in shapes.known().items()}
+def _two_rows(shapes: Experience, completion: Sequence[int]) -> dict[str, np.ndarray]:
+    """The arrays of two rows with this completion; fields that only a step can fill are zero."""
+    held = {name: np.zeros((2, *leaf.shape[1:]), leaf.dtype) for name, leaf in shapes.known().items()}
     said = list(completion)[: held["tokens"].shape[1]]
-    held["tokens"][0, : len(said)] = said
-    held["mask"][0, : len(said)] = 1
+    held["tokens"][:, : len(said)] = said
+    held["mask"][:, : len(said)] = 1
     held["length"][:], held["weight"][:] = len(said), 1
     return held

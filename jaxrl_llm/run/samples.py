@@ -1,4 +1,4 @@
-"""Samples of a step in samples.jsonl: which rows, and what is known of their tokens."""
+"""Samples of a step for samples.jsonl: some rows, with facts about each of their tokens."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jaxrl_llm.parallel import hosts
 from jaxrl_llm.reporting import samples_table
 from jaxrl_llm.training.reading import item_numbers
 
-# Fields of rows that are written for each token of a sample, under shorter names.
+# Per-token fields of rows and their shorter names in samples.jsonl.
 TOKEN_FACTS = {"advantages": "advantage", "behaviour_logprobs": "logprob", "behaviour_entropy": "entropy"}
 MOST_TOKENS = 1024
 
@@ -21,11 +21,11 @@ MOST_TOKENS = 1024
 def write_samples(
     run: Any, global_step: int, done: int, rows: Experience, items: list, *, first: bool, last: int
 ) -> None:
-    """Completions of every so many steps, and of the first and the last step of a stage."""
+    """Write completions every `reporting.samples_every_steps` steps, and at the first and last step of a stage."""
     reporting = run.config.reporting
     every = reporting.samples_every_steps
     due = bool(every) and (done in (1, last) or done % every == 0)
-    # Over several processes, rows are gathered by a program, which is compiled with those of the first step.
+    # With several processes a compiled program gathers the rows; it is compiled at the first step, like the others.
     if not due and not (reporting.samples_every_steps and first and jax.process_count() > 1):
         return
     chosen = spread(rows.tokens.shape[0], reporting.samples_per_report)
@@ -54,7 +54,7 @@ def write_samples(
 
 
 def token_facts(rows: Mapping[str, np.ndarray], row: int, decode: Callable[[Sequence[int]], str]) -> dict[str, Any]:
-    """The tokens of a sample as text, with what is known of each, for reports that colour them; the first 1024."""
+    """The first 1024 tokens of a sample as text, with per-token numbers by which a report colours them."""
     count = min(int(rows["length"][row]), MOST_TOKENS)
     found: dict[str, list[Any]] = {"text": [decode([token]) for token in rows["tokens"][row][:count].tolist()]}
     for name, short in TOKEN_FACTS.items():
@@ -66,5 +66,5 @@ def token_facts(rows: Mapping[str, np.ndarray], row: int, decode: Callable[[Sequ
 
 
 def spread(count: int, wanted: int) -> np.ndarray:
-    """At most `wanted` indices, evenly spread, so that every level of a mixed data set is among them."""
+    """At most `wanted` indices, evenly spaced, so that samples cover all levels of a mixed data set."""
     return np.linspace(0, count - 1, min(count, wanted)).round().astype(int)

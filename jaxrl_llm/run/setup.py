@@ -43,7 +43,7 @@ from jaxrl_llm.run.configured import (
 )
 from jaxrl_llm.run.machine import Target, chosen_mesh
 from jaxrl_llm.run.optimizers import optimizer, skipping_non_finite
-from jaxrl_llm.run.problems import columns, data_sets
+from jaxrl_llm.run.problems import columns, data_sets, naming_unreadable_data
 from jaxrl_llm.run.recipes import credit_terms, entry_of, loss_terms, method, reward_terms, verdict_of
 from jaxrl_llm.run.sources import Feed
 from jaxrl_llm.terms import Reward, View
@@ -51,25 +51,25 @@ from jaxrl_llm.training import Placement, Resources, Rollout, TrainStep, Update,
 from jaxrl_llm.training.segments import parameter_shardings
 
 _MOST_PARAMETERS = 10**14
-# Numbers of bins for packed rows, as shares of the rows, where a config names none.
+# Default numbers of bins for packed rows, as shares of the number of rows.
 _PACKING = (0.25, 0.375, 0.5, 0.75)
 
 
 @dataclass(frozen=True)
 class Parts:
-    """What a config describes, before any data is made or anything is compiled.
+    """The objects that a config describes, before data is made or programs are compiled.
 
     Attributes:
       config: the run's config.
-      task: the problem family with its options; None for a data set of the user's own.
+      task: the problem family with its options; None for a user's data set.
       tokenizer: text <-> tokens.
       model: the policy.
       directory: the checkpoint that the policy starts from; None for random parameters.
       step: the composed training step.
-      mesh_reason: why its mesh has the sizes that it has.
-      feeds: its sources, with their side on the host.
+      mesh_reason: why the mesh has its sizes, as text.
+      feeds: its sources, with the functions that provide their rows on the host.
       paths: directories of networks that are read from one.
-      call: calls the functions of an environment in Python, while it is `opened_parts`.
+      call: calls the functions of a Python environment; only inside `opened_parts`.
     """
 
     config: Config
@@ -85,7 +85,7 @@ class Parts:
 
     @property
     def environment(self) -> AnyEnvironment | None:
-        """What answers the turns of conversations; None where one completion is all."""
+        """The environment of multi-turn conversations; None for single-turn sampling."""
         rollout = self.step.composition.rollout
         return None if rollout is None else rollout.environment
 
@@ -95,48 +95,50 @@ class Parts:
         return self.task is None or self.task.scratchpad
 
     def initial_params(self, key: Array) -> PyTree:
-        """The parameters that a run with this key starts from: another run's, the checkpoint's, or drawn; adapters
-        always are, but for those of another run."""
+        """The initial parameters of a run with this key: from another run, from a checkpoint, or random.
+
+        Adapters are always initialised at random, unless they come from another run.
+        """
         key, adapters = jax.random.fold_in(key, KeyUse.INITIALISE), self.config.lora
         c = self.step.composition.resources.placement
-        lies = None if c.mesh is None else parameter_shardings(self.model, c.mesh, c.rules)
+        shardings = None if c.mesh is None else parameter_shardings(self.model, c.mesh, c.rules)
         if self.config.init_from is not None:
-            from jaxrl_llm.run.restored import branched_params  # which builds the parts of that run
+            from jaxrl_llm.run.restored import branched_params  # imports this module
 
             params = branched_params(self, key)
-            return params if lies is None else jax.device_put(params, lies)
+            return params if shardings is None else jax.device_put(params, shardings)
         if self.directory is None:
-            return jax.jit(self.model.init, out_shardings=lies)(key)
+            return jax.jit(self.model.init, out_shardings=shardings)(key)
         strict = isinstance(self.config.model, PretrainedConfig) and self.config.model.strict
         if adapters is None:
-            return weights.load_params(self.directory, self.model.config, sharding=lies, strict=strict)
+            return weights.load_params(self.directory, self.model.config, sharding=shardings, strict=strict)
         base = None if c.mesh is None else parameter_shardings(transformer(self.model.config), c.mesh, c.rules)
         params = weights.load_params(self.directory, self.model.config, sharding=base, strict=strict)
         adapted = add_adapters(params, adapters, key, bits=adapters.bits)
-        return adapted if lies is None else jax.device_put(adapted, lies)
+        return adapted if shardings is None else jax.device_put(adapted, shardings)
 
     def given(self) -> dict[str, PyTree]:
         """Parameters of networks that are read from a path."""
         return given_networks(self.step.composition.networks, self.paths, self.config.networks)
 
     def fingerprint(self) -> dict[str, str]:
-        """What a resumed run must find unchanged beside its data: hashes of tokenizer and checkpoint files."""
+        """Hashes of the tokenizer and of the model files, which must not change before a run is resumed."""
         if self.directory is None or not isinstance(self.tokenizer, data.HuggingFaceTokenizer):
             return {}
-        # Sizes, not contents: a checkpoint is too large to be read for this.
+        # The hash uses file sizes: reading the weights would take too long.
         files = [(file.name, file.stat().st_size) for file in sorted(self.directory.glob("*.safetensors"))]
         described = (self.directory / "config.json").read_text() + repr(files)
         return {"tokenizer": self.tokenizer.fingerprint, "model": hashlib.sha256(described.encode()).hexdigest()}
 
 
 def parts(config: Config, target: Target | None = None, like: Parts | None = None, *, later: bool = False) -> Parts:
-    """Build and check everything that needs no data.
+    """Build and check the parts of a run that do not need data.
 
     Args:
       config: of a run, or of one of its stages.
-      target: a machine that is planned for: of a checkpoint, its config.json is enough then.
-      like: another stage, whose tokenizer, model and devices this one has.
-      later: whether it is a stage behind another one, so that adapters are trained where it begins.
+      target: the machine to plan for; a model directory then needs only its config.json.
+      like: the parts of another stage, whose tokenizer, model and mesh are reused.
+      later: whether another stage comes before this one, which may have trained adapters.
 
     Raises:
       ValueError: for an unknown task or method, a name that nothing provides, or sizes that do not divide.
@@ -173,7 +175,7 @@ def parts(config: Config, target: Target | None = None, like: Parts | None = Non
     if rollout.prompt_buckets and written:
         raise ValueError(
             "rollout.prompt_buckets makes prompts of several widths, but rows of another source have prompts of one "
-            "width (one_width); leave rollout.prompt_buckets out, or the other source"
+            "width (one_width); remove rollout.prompt_buckets or the other source"
         )
     if like is None:
         mesh, reason = chosen_mesh(config, model, target)
@@ -187,35 +189,38 @@ def parts(config: Config, target: Target | None = None, like: Parts | None = Non
     if not isinstance(tokenizer, CharacterTokenizer):
         _require_own_ids([(term.name, term.function) for term in (*rewards, *credit, *losses, *views.values())])
     b1, b2 = training.adam_b1, training.adam_b2
-    # Adapters that a stage or a run before this one has trained are part of where it begins.
+    # Adapters that were trained before this stage are part of the initial policy, so the reference keeps a copy.
     snapshot = config.lora is not None and (later or config.warm_start.steps > 0 or config.init_from is not None)
     networks, paths = configured_networks(
         config.networks, b1, b2, snapshot=snapshot, context_tokens=_context_tokens(config)
     )
     require_tokens_of_policy(paths, tokenizer)
-    step = make_train_step(
-        model,
-        skipping_non_finite(optimizer(config.training, seed=config.seed)),
-        source=[*([sampled] if samples else []), *written],
-        rewards=rewards,
-        credit=credit,
-        losses=losses,
-        update=_update(config),
-        resources=Resources(
-            decode=tokenizer.decode,
-            encode=tokenizer.encode,
-            networks=networks,
-            critic=skipping_non_finite(head_optimizer(NetworkConfig(), b1, b2)),
-            views=views,
-            columns=columns(config),
-            sources=tuple(config.data.sources or config.data.templates),
-            diagnostics=config.reporting.diagnostics,
-            scripts=token_scripts(tokenizer.token_bytes()) if like is None else like.step.composition.resources.scripts,
-            placement=Placement(
-                mesh, changed_rules(config.mesh.rules), config.mesh.gather_for_rollout, frozenset(training.offload)
+    with naming_unreadable_data(config):
+        step = make_train_step(
+            model,
+            skipping_non_finite(optimizer(config.training, seed=config.seed)),
+            source=[*([sampled] if samples else []), *written],
+            rewards=rewards,
+            credit=credit,
+            losses=losses,
+            update=_update(config),
+            resources=Resources(
+                decode=tokenizer.decode,
+                encode=tokenizer.encode,
+                networks=networks,
+                critic=skipping_non_finite(head_optimizer(NetworkConfig(), b1, b2)),
+                views=views,
+                columns=columns(config),
+                sources=tuple(config.data.sources or config.data.templates),
+                diagnostics=config.reporting.diagnostics,
+                scripts=token_scripts(tokenizer.token_bytes())
+                if like is None
+                else like.step.composition.resources.scripts,
+                placement=Placement(
+                    mesh, changed_rules(config.mesh.rules), config.mesh.gather_for_rollout, frozenset(training.offload)
+                ),
             ),
-        ),
-    )
+        )
     return Parts(config, task, tokenizer, model, directory, step, reason, feeds, paths)
 
 
@@ -224,8 +229,8 @@ def _update(config: Config) -> Update:
     shares, widths = training.packing, training.completion_buckets
     if (limit := config.rollout.max_completion_tokens) < max((widths if isinstance(widths, tuple) else ()), default=0):
         raise ValueError(
-            f"training.completion_buckets holds {max(widths)}, but completions have at most "  # type: ignore[arg-type]
-            f"rollout.max_completion_tokens {limit}; take it out, or raise the limit"
+            f"training.completion_buckets has {max(widths)}, but completions have at most "  # type: ignore[arg-type]
+            f"rollout.max_completion_tokens {limit}; remove that bucket, or raise the limit"
         )
     return Update(
         packing=_PACKING if shares is True else shares or (),
@@ -240,13 +245,13 @@ def _update(config: Config) -> Update:
 
 
 def verdict_views(rewards: Sequence[Reward]) -> dict[str, View]:
-    """What networks of the run write for rewards that are their verdicts, by the name of the view."""
+    """Views in which networks of the run generate verdicts for rewards, by name."""
     asked = {verdict_of(t.name): getattr(t.function, "written_view", None) for t in rewards}
     return {name: View(**described, name=name) for name, described in asked.items() if described}
 
 
 def run_sizes(config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
-    """What keywords of functions are filled from, by their names."""
+    """Sizes of the run by the names of the hyper-parameters that get them."""
     training, rollout = config.training, config.rollout
     sizes = {
         "samples_per_prompt": rollout.samples_per_prompt,
@@ -268,14 +273,14 @@ def run_sizes(config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def configured_sources(config: Config, sizes: Mapping[str, Any]) -> tuple[Feed, ...]:
-    """The sources that section source names.
+    """The sources in section `source`.
 
     Raises:
-      ValueError: for an unknown source, or two that would be handed to a step.
+      ValueError: for an unknown source, or two sources of written rows.
     """
     entries = [entry_of(entry, "source") for entry in config.source]
     known = dict(sizes) | {"beside": any(name == "sampler" for name, _ in entries)}
-    del known["sequences_per_step"]  # of a source, it is its own
+    del known["sequences_per_step"]  # a source has its own hyper-parameter of this name
     feeds = []
     for name, hyper in entries:
         feed = method(name, hyper, (sources,), "source", known)
@@ -283,23 +288,22 @@ def configured_sources(config: Config, sizes: Mapping[str, Any]) -> tuple[Feed, 
     handed = [name for (name, _), feed in zip(entries, feeds, strict=True) if feed.rows or feed.stored]
     if len(handed) > 1:
         raise ValueError(
-            f"source names {handed[0]} and {handed[1]}; a step is handed written rows of one source, so "
-            "leave one of them out"
+            f"source has {handed[0]} and {handed[1]}; a step takes written rows of one source, so remove one of them"
         )
     return tuple(feeds)
 
 
 def _require_problems(config: Config, feeds: Sequence[Feed]) -> None:
-    """Raises ValueError where something is made of problems and there are none."""
+    """Raises ValueError if a source needs problems and the config has none."""
     if not config.has_problems and any(feed.file is None for feed in feeds):
         raise ValueError(
-            "task, data.path and data.sources are missing; name a built-in task in section task, a file of your own in "
-            "data.path, or a source that reads a file"
+            "task, data.path and data.sources are missing; set task to a built-in task, data.path to a file of yours, "
+            "or source to one that reads a file"
         )
 
 
 def _selection(config: Config, sizes: Mapping[str, Any]) -> Any:
-    """What chooses the prompts of a step; None takes them in the order of the data."""
+    """The method that chooses the prompts of a step; None uses the order of the data."""
     if config.data.selection is None:
         return None
     items = data_sets(config, ["train"])["train"]
@@ -311,7 +315,7 @@ def _selection(config: Config, sizes: Mapping[str, Any]) -> Any:
 
 @contextmanager
 def opened_parts(built: Parts) -> Iterator[Parts]:
-    """The parts with their environment open, for the length of a run; as they are, unless it is one in Python."""
+    """A context with the parts and their Python environment running; without one, the parts unchanged."""
     if not isinstance(built.environment, HostEnvironment):
         yield built
         return
@@ -320,7 +324,7 @@ def opened_parts(built: Parts) -> Iterator[Parts]:
 
 
 def _context_tokens(config: Config) -> int:
-    """Of the longest sequence of a run."""
+    """Tokens of the longest sequence of a run."""
     return config.rollout.max_prompt_tokens + config.rollout.max_completion_tokens
 
 
@@ -332,7 +336,7 @@ def described_policy(config: Config, *, planned: bool = False) -> tuple[Path | N
         if config.model.vocabulary_size < tokenizer.vocabulary_size:
             raise ValueError(
                 f"model.vocabulary_size is {config.model.vocabulary_size}, but the tokenizer has "
-                f"{tokenizer.vocabulary_size} tokens; leave the field out to have it filled in"
+                f"{tokenizer.vocabulary_size} tokens; remove the field to use that number"
             )
         model = transformer(replace(config.model.for_context(context), remat=config.training.remat))
         if (count := parameter_count(model.specs)) > _MOST_PARAMETERS:
@@ -345,7 +349,7 @@ def described_policy(config: Config, *, planned: bool = False) -> tuple[Path | N
     model = transformer(replace(described, remat=config.training.remat))
     prompts = config.data
     if planned and not (directory / "tokenizer.json").is_file():
-        return directory, CharacterTokenizer(), model  # which tokens there are decides no size
+        return directory, CharacterTokenizer(), model  # sizes do not depend on the tokenizer
     tokenizer = data.load_tokenizer(directory)
     data.require_embedding(tokenizer, model.vocabulary_size)
     if prompts.prompts == "plain":
@@ -361,7 +365,7 @@ def described_policy(config: Config, *, planned: bool = False) -> tuple[Path | N
 
 
 def _require_own_ids(functions: Sequence[tuple[str, Any]]) -> None:
-    """Refuse functions that would look for the built-in tokenizer's ids in another tokenizer's tokens."""
+    """Raises ValueError for functions whose default token ids are those of the built-in tokenizer."""
     for name, function in functions:
         bound: dict[str, Any] = {}
         if isinstance(function, Method):
@@ -372,7 +376,7 @@ def _require_own_ids(functions: Sequence[tuple[str, Any]]) -> None:
             looks = parameter.kind is parameter.KEYWORD_ONLY and parameter.name.endswith(("_id", "_ids"))
             if looks and parameter.name not in bound and parameter.default not in (None, parameter.empty):
                 raise ValueError(
-                    f"{name} looks for token ids of the built-in tokenizer ({parameter.name} is {parameter.default}), "
-                    "but the model at model.path has a tokenizer of its own; set the ids, or use a function that reads "
+                    f"{name} uses token ids of the built-in tokenizer ({parameter.name} is {parameter.default}), "
+                    "but the model at model.path has its own tokenizer; set the ids, or use a function that reads "
                     "text, such as number_match"
                 )

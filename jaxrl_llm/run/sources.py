@@ -1,12 +1,12 @@
-"""Where the rows of a step come from, by name: the entries of section `source`.
+"""The sources of the rows of a step: one function for each name that section `source` accepts.
 
-    source: sampler                                                   prompts are completed by the policy (the default)
-    source: [sampler, {replay: {share: 0.4}}]                         and rows of earlier steps learn again beside them
-    source: [sampler, {demonstrations: {sequences_per_step: 64}}]     and so do reference completions
+    source: sampler                                                   the policy samples completions (the default)
+    source: [sampler, {replay: {share: 0.4}}]                         and rows of earlier steps are used again
+    source: [sampler, {demonstrations: {sequences_per_step: 64}}]     and reference completions
     source: [sampler, {hardest: {sequences_per_pass: 32}}]            and those of prompts that no sample solved
     source: {pairs: {file: pairs.jsonl, groups_per_step: 32}}         all rows are read from a file
 
-Keywords that are named like a size of the run are filled from it.
+A keyword with the name of a size of the run gets that size.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from jaxrl_llm.rows import Hardest, Replay, Written, written_rows
 
 
 class Feed(NamedTuple):
-    """The two sides of a source.
+    """A source, and how a run provides its rows.
 
     Attributes:
-      source: what a step is composed of; None for the sampler.
-      rows: (what a run knows, the stage's data) -> the rows of each step; None where nothing is handed to a step.
-      stored: what has to be made of the policy before the stage, see `stored_answers`; None for nothing.
-      file: a hash of the file that its rows are read from; None where they are made of the problems of the data.
-      dropped: rows of the file that were left out, by reason.
+      source: the source in the composition of the step; None for the sampler.
+      rows: (parts of the run, data of the stage) -> function from step to rows; None if the host provides no rows.
+      stored: arguments of `stored_answers`, whose answers are sampled before the stage; None without stored answers.
+      file: hash of the file that the rows are read from; None if the rows are made from the problems of the data.
+      dropped: number of rows of the file that were dropped, by reason.
     """
 
     source: Written | Replay | Hardest | None = None
@@ -50,7 +50,7 @@ Unusable = Literal["error", "drop"]
 
 
 def sampler() -> Feed:
-    """The policy completes the prompts of the data."""
+    """The policy samples completions of the prompts of the data."""
     return Feed()
 
 
@@ -64,7 +64,7 @@ def replay(
     batches: Count = 2,
     until_step: Natural | None = None,
 ) -> Feed:
-    """Rows of the last `batches` steps learn again; `share` of the groups of a batch are replayed."""
+    """Rows of the last `batches` steps are used again; a share `share` of the groups of a batch is replayed."""
     return Feed(Replay(share, batches, prompts_per_step, max_prompt_tokens, max_completion_tokens, until_step))
 
 
@@ -75,10 +75,10 @@ def demonstrations(
     """Reference completions of the data.
 
     Args:
-      sequences_per_step: how many; beside samples, a multiple of samples_per_prompt.
+      sequences_per_step: demonstrations of a step; with samples in the batch, a multiple of samples_per_prompt.
       samples_per_prompt: rows of a group.
-      beside: they learn beside samples, and are told apart by `written_mask`; alone they are all rows.
-      validation: as many rows of the validation split join them, marked and of weight 0.
+      beside: the batch also has samples, and `written_mask` marks the demonstrations; otherwise it has no other rows.
+      validation: add as many rows of the validation split, with `validation` 1 and weight 0.
     """
     group = samples_per_prompt if beside else 1
     _check_multiple("demonstrations", sequences_per_step, group)
@@ -100,7 +100,7 @@ def demonstrations(
 
 
 def _beside(parts: Sequence[Any], width: int, *, marked: bool) -> Experience:
-    """Reference completions behind samples; those of the second part are marked, and have weight 0."""
+    """Rows of reference completions to append to samples; those of the second part are validation rows of weight 0."""
     names = ("prompt_tokens", "prompt_length", "prompt_id", "tokens", "length")
     arrays = [jnp.concatenate([getattr(part, name) for part in parts]) for name in names]
     trained = jnp.concatenate([jnp.asarray(part.mask) for part in parts])
@@ -118,14 +118,14 @@ def hardest(
     max_completion_tokens: Count,
     capacity: Count | None = None,
 ) -> Feed:
-    """Reference completions of prompts that no sample solved: kept, the newest first, until there are enough of them.
+    """Reference completions of prompts that no sample solved, kept in a queue until there are enough for a step.
 
     Args:
-      sequences_per_pass: demonstrations that learn beside the samples of a step, once so many wait; a multiple of
-        samples_per_prompt. Their loss reads `written_mask`.
+      sequences_per_pass: demonstrations that are added to the samples of a step once the queue has so many, newest
+        first; a multiple of samples_per_prompt. Their loss reads `written_mask`.
       samples_per_prompt: rows of a group.
       max_prompt_tokens, max_completion_tokens: of the run.
-      capacity: demonstrations that wait at most; None is four times as many as learn together.
+      capacity: longest queue; None is 4 * sequences_per_pass.
     """
     room = 4 * sequences_per_pass if capacity is None else capacity
     return Feed(Hardest(sequences_per_pass, room, samples_per_prompt, max_prompt_tokens, max_completion_tokens))
@@ -135,16 +135,16 @@ def hardest(
 def solved_answers(
     *, sequences_per_step: Count, samples_per_prompt: Count, attempts: Count = 4, min_correct: Count = 4
 ) -> Feed:
-    """Stored answers of the initial policy to prompts that it solves, which are not sampled then.
+    """Stored answers of the initial policy to the prompts that it solves; training samples only the other prompts.
 
     Args:
-      sequences_per_step: stored answers that learn beside the samples of a step, a multiple of samples_per_prompt.
+      sequences_per_step: stored answers that are added to the samples of a step, a multiple of samples_per_prompt.
       samples_per_prompt: rows of a group.
-      attempts: answers drawn for each training prompt before the stage.
-      min_correct: how many of them must be right.
+      attempts: answers sampled for each training prompt before the stage.
+      min_correct: correct answers among them that count a prompt as solved.
 
     Raises:
-      ValueError: for sizes that cannot be.
+      ValueError: if min_correct is above attempts, or samples_per_prompt does not divide sequences_per_step.
     """
     for name, value in (("attempts", attempts), ("min_correct", min_correct)):
         if value < 1:
@@ -160,7 +160,7 @@ def _check_multiple(name: str, count: int, group: int, key: str = "sequences_per
     if count < 1 or count % group:
         raise ValueError(
             f"source.{name}.{key} is {count}, which rollout.samples_per_prompt {group} does not divide; "
-            "written rows learn in groups of that size, so take a multiple"
+            "written rows are placed in groups of that size, so set a multiple"
         )
 
 
@@ -183,11 +183,10 @@ def _judged(
     count, samples = groups_per_step * per_group, sizes["samples_per_prompt"]
     if beside and per_group > 1 and per_group != samples:
         raise ValueError(
-            f"source.{kind} has groups of {per_group} completions, but the samples that they learn beside come in "
-            f"groups of rollout.samples_per_prompt {samples}; set that to {per_group}, or learn from the file in a "
-            "stage of its own"
+            f"source.{kind} has groups of {per_group} completions, but the samples in the same batch have groups of "
+            f"rollout.samples_per_prompt {samples}; set that to {per_group}, or use the file in a separate stage"
         )
-    if beside:  # completions that belong to nothing else fill groups of that size
+    if beside:  # single completions are collected into groups of that size
         _check_multiple(kind, count, samples, "groups_per_step")
         per_group = samples
     tokenizer: Tokenizer = sizes["tokenizer"]
@@ -229,7 +228,7 @@ def _judged(
 
 
 def _of_kind(kind: Kind, own: Callable[..., dict[str, Any]]) -> Callable[..., Feed]:
-    """A source of this kind of file: its keywords are those of every such file, and those of `own`."""
+    """A source of one kind of file; its keywords are those of all kinds, and those of `own`."""
 
     def every(
         *,
@@ -256,8 +255,8 @@ def _of_kind(kind: Kind, own: Callable[..., dict[str, Any]]) -> Callable[..., Fe
     read.__signature__ = inspect.Signature([*both[0].values(), *both[1].values()])  # type: ignore[attr-defined]
     read.__name__ = read.__qualname__ = kind
     read.__doc__ = (
-        f"The {kind} of a data set, `groups_per_step` of them a step. `data.row_files` says what `file` may be, "
-        f"`data.written` what a row holds; `columns` maps these names to others.\n\n{own.__doc__}"
+        f"The {kind} of a data set, `groups_per_step` of them in a step. See `data.row_files` for the values of `file` "
+        f"and `data.written` for the columns; `columns` maps these names to those of the file.\n\n{own.__doc__}"
     )
     return read
 
@@ -266,8 +265,8 @@ def _of_kind(kind: Kind, own: Callable[..., dict[str, Any]]) -> Callable[..., Fe
 def _of_pairs(*, unusable: Unusable = "error", flipped: Annotated[float, Range(0, 1)] = 0.0) -> dict[str, Any]:
     """
     Args:
-      unusable: "drop" leaves out, and counts, ties and pairs of equal sides; else they are errors.
-      flipped: share of pairs whose label is turned round, by the seed of the run: a study of noisy labels.
+      unusable: "drop" drops and counts ties and pairs of equal completions; "error" refuses them.
+      flipped: share of pairs, chosen by the seed of the run, whose label is reversed (to study noisy labels).
     """
     return {"unusable": unusable, "flipped": flipped}
 
@@ -275,7 +274,7 @@ def _of_pairs(*, unusable: Unusable = "error", flipped: Annotated[float, Range(0
 def _of_rankings(*, unusable: Unusable = "error") -> dict[str, Any]:
     """
     Args:
-      unusable: "drop" leaves out, and counts, rankings with equal completions; else they are errors.
+      unusable: "drop" drops and counts rankings with equal completions; "error" refuses them.
     """
     return {"unusable": unusable}
 
@@ -285,24 +284,24 @@ def _of_ratings(
 ) -> dict[str, Any]:
     """
     Args:
-      attributes: columns of ratings, such as [helpfulness, correctness]; a head of so many outputs learns them all.
-      lowest, highest: bounds of a rating; one outside is an error. None is none.
+      attributes: columns of ratings, such as [helpfulness, correctness], for a head with one output for each.
+      lowest, highest: bounds of a rating, inclusive; a rating outside is an error. None sets no bound.
     """
     return {"attributes": tuple(attributes), "lowest": lowest, "highest": highest}
 
 
 @ranged
 def _of_labels(*, flipped: Annotated[float, Range(0, 1)] = 0.0) -> dict[str, Any]:
-    """A label is true or false, or a share between.
+    """A label is true, false, or a number between 0 and 1.
 
     Args:
-      flipped: share of labels that are turned round, by the seed of the run: a study of noisy labels.
+      flipped: share of labels that are inverted, chosen by the seed of the run, to study label noise.
     """
     return {"flipped": flipped}
 
 
 def _of_steps() -> dict[str, Any]:
-    """A label stands on the last token of its step."""
+    """The label of a step is placed on its last token."""
     return {}
 
 
@@ -311,17 +310,17 @@ def _of_verdicts(
 ) -> dict[str, Any]:
     """
     Args:
-      unusable: "drop" leaves out, and counts, ties and equal answers; else they are errors.
+      unusable: "drop" drops and counts ties and equal answers; otherwise they are errors.
       question: format of the prompt, with {prompt}, {first} and {second}.
-      verdict: format of what the judge learns to write, with {rationale} and {verdict}, which is A or B.
-      both_orders: each becomes two rows, with the answers in either order; rationales must not name A and B then.
+      verdict: format of the completion of the judge, with {rationale} and {verdict}, which is A or B.
+      both_orders: make two rows of each, one per order of the answers; rationales must then not mention A and B.
     """
     for name, text, places in (
         ("question", question, ("prompt", "first", "second")),
         ("verdict", verdict, ("verdict",)),
     ):
         if lacks := [place for place in places if f"{{{place}}}" not in text]:
-            raise ValueError(f"source.verdicts.{name} is {text!r}, without {{{lacks[0]}}}; put it where it goes")
+            raise ValueError(f"source.verdicts.{name} is {text!r}, without {{{lacks[0]}}}; add it to the text")
     return {"question": question, "verdict": verdict, "both_orders": both_orders, "unusable": unusable}
 
 
@@ -350,11 +349,11 @@ def distributions(
     seed: int,
     overlong_prompts: Literal["error", "drop"],
 ) -> Feed:
-    """Completions of a file with a teacher's likeliest tokens in each place: the network `file` says them.
+    """Completions of a file with the most likely tokens of a teacher at each position, read by the network `file`.
 
     Args:
-      file: its rows are as in `data.top_tokens`.
-      sequences_per_step: rows of a step; beside samples, a multiple of samples_per_prompt.
+      file: with rows as in `data.top_tokens`.
+      sequences_per_step: rows of a step; with samples in the batch, a multiple of samples_per_prompt.
     """
     group = samples_per_prompt if beside else 1
     _check_multiple("distributions", sequences_per_step, group)

@@ -30,7 +30,7 @@ from jaxrl_llm.run import checkpoints, integrity, stored_states
 from jaxrl_llm.run.across_stages import measure_across
 from jaxrl_llm.run.batches import encoded, grader, prompt_batches
 from jaxrl_llm.run.compilation import CompilationWatch
-from jaxrl_llm.run.directories import mirrored, require_shared, run_directory
+from jaxrl_llm.run.directories import mirrored, require_new, require_shared, run_directory
 from jaxrl_llm.run.early_stopping import require_metric
 from jaxrl_llm.run.explain import metric_names, trace
 from jaxrl_llm.run.failures import named
@@ -44,8 +44,8 @@ from jaxrl_llm.run.overview import summary_of, units
 from jaxrl_llm.run.problems import data_sets, fingerprint_of, left_out, own_data
 from jaxrl_llm.run.prompt_choices import first_batch
 from jaxrl_llm.run.restored import require_branch
-from jaxrl_llm.run.resuming import clear_the_way, restored_state, step_to_go_on_from, with_local
-from jaxrl_llm.run.rewards_tried import answers_of, require_answers, try_rewards
+from jaxrl_llm.run.resuming import move_damaged, restored_state, resume_step, with_local
+from jaxrl_llm.run.rewards_tried import answers_of, require_read, try_rewards
 from jaxrl_llm.run.setup import Parts, opened_parts
 from jaxrl_llm.run.staged import staged
 from jaxrl_llm.run.stages import Run, Stage, Stopped, run_stage, stage_data, written_of
@@ -111,7 +111,7 @@ def train(
                 if exact or not resume or error.directory != folder:  # it is of the run that init_from names
                     raise
                 say(f"{error}; trying the one before it")
-                clear_the_way(config, error.step - 1, say, apart=mirror is not None and mirror.apart)
+                move_damaged(config, error.step - 1, say, apart=mirror is not None and mirror.apart)
             except Abandoned:  # between steps
                 raise Stopped(f"stopped; {interruption.way_on()}", interruption.number or 15) from None
             except KeyboardInterrupt:
@@ -130,8 +130,9 @@ def _train(
     started = time.monotonic()
     stages = [Stage(**described) for described in staged(config)]
     built = stages[-1].parts
-    for stage in stages:
-        _require_traced(stage)
+    _require_traced(stages)
+    if not resume and hosts.is_main():
+        require_new(config.directory)
     report, logging = reporting_of(config, console)
     rollout = built.step.composition.rollout
     if rollout is not None and rollout.engine is not None:
@@ -150,7 +151,7 @@ def _train(
     newest, apart = None, shared["mirror"] is not None and shared["mirror"].apart
     if resume:
         asked = {"exact": exact, "first_saved": stages[0].first_saved, "apart": apart}
-        newest = step_to_go_on_from(config, **asked, say=_saying(console))
+        newest = resume_step(config, **asked, say=_saying(console))
     if newest is not None:
         require_shared(folder / str(newest))
         meta = checkpoints.read_meta(folder, newest)
@@ -163,8 +164,7 @@ def _train(
     local, newest, meta = with_local(config, mesh, newest, meta, _saying(console))
     data = data_sets(built.config) if built.config.has_problems else {}
     sets = {stage.name: own_data(stage, stages[-1], data) for stage in stages}
-    for stage in stages:
-        require_answers(stage.parts, sets[stage.name])
+    require_read({stage.name: stage.parts for stage in stages}, sets)
     held_out = [data[split] for split in ("validation", "test") if split in data and answers_of(data[split])]
     grade = grader(built, *held_out) if held_out else None
     if grade is None and any(stage.stop_at_accuracy is not None for stage in stages):
@@ -183,7 +183,7 @@ def _train(
         if warning := long_warmup(stage.parts.config.training):
             _saying(console)(f"{stage.name}: {warning}")
     if resume:
-        clear_the_way(config, newest, _saying(console), apart=apart)
+        move_damaged(config, newest, _saying(console), apart=apart)
     opened = {"resume_step": first_step, "mirror": shared["mirror"], **logging}
     with (
         run_directory(config.directory, as_tree(config), **opened) as directory,
@@ -217,12 +217,16 @@ def _require_same_data(config: Config, meta: dict[str, Any], fingerprint: Mappin
         )
 
 
-def _require_traced(stage: Stage) -> None:
-    """Raises ValueError for sizes that cannot work, and for a stop condition on a metric that the steps do not
-    report."""
-    trace(stage.parts)
-    if stage.parts.config.training.stop_when is not None:
-        require_metric(stage.name, stage.parts.config, metric_names(stage.parts))
+def _require_traced(stages: Sequence[Stage]) -> None:
+    """Raise ValueError for sizes that cannot work, and for a stop condition or a best checkpoint by a metric that is
+    not measured."""
+    for stage in stages:
+        trace(stage.parts)
+        config = stage.parts.config
+        if (rule := config.training.stop_when) is not None:
+            require_metric("training.stop_when.metric", rule.metric, stage.name, config, metric_names(stage.parts))
+    if config.checkpoints.keep_best:
+        require_metric("checkpoints.best_metric", config.checkpoints.best_metric, stage.name, config)
 
 
 def _manager(config: Config, apart: bool) -> Any:

@@ -93,6 +93,8 @@ def _check_names(c: Composition) -> None:
             _check_writer(c, view)
     for term in c.rewards:
         read = text if term.on_host else text - c.resources.columns
+        if not term.on_host:
+            _require_arrays(term.function, f"reward {term.name!r}", c.resources.columns, available | scored)
         _require_names(term.function, f"reward {term.name!r}", available | read, scored - {"logprobs", "entropy"})
         _require_views(c, term.function, f"reward {term.name!r}", available)
         if term.on_host and c.resources.decode is None and names(term.function) & text:
@@ -121,6 +123,8 @@ def _check_names(c: Composition) -> None:
         if term.over_vocabulary:
             _require_names(term.function, what, frozenset({"log_probabilities", "tokens"}))
         else:
+            if not term.on_host:
+                _require_arrays(term.function, what, c.resources.columns, available | heads)
             _require_names(term.function, what, available | (text if term.on_host else frozenset()), heads)
             _require_views(c, term.function, what, available)
         if c.samples == 1 and "advantages" in term.names and "group" in names(term.function):
@@ -168,6 +172,15 @@ def _require_names(function: Any, what: str, available: frozenset[str], scored: 
     for name in missing(function, available | scored):
         raise ValueError(
             f"{what} names {name!r}, which nothing in this step provides; {remedy(name, available | scored)}"
+        )
+
+
+def _require_arrays(function: Any, what: str, columns: Collection[str], available: frozenset[str]) -> None:
+    """Raise ValueError for a function inside the program that names a column of the data, which only readings get."""
+    if found := [name for name in missing(function, available) if name in columns]:
+        raise ValueError(
+            f"{what} names {found[0]!r}, a column of the data, which only functions on the host get; add a parameter "
+            "such as `completions`, or decorate the function with jaxrl_llm.signatures.reading"
         )
 
 

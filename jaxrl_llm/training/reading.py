@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
+from jaxrl_llm.bounds import shown
 from jaxrl_llm.experience import Experience, TrainState
 from jaxrl_llm.fields import FIELDS, TEXT, absent_value, is_written_text, kind_of
 from jaxrl_llm.parallel import hosts
@@ -327,6 +328,12 @@ def _spread(
     """One entry per row of the batch, from the entries of the present rows; None means "does not apply"."""
     absent = float("nan") if "/" in name else absent_value(name)
     if any(isinstance(value, str) for value in values):
+        if name.startswith(("reward/", "metric/")) or name == "rewards":
+            row = next(row for row, value in enumerate(values) if isinstance(value, str))
+            raise RewardError(
+                f"{name.partition('/')[2] or name!r} returned the text {shown(values[row], 60)} at row {present[row]}; "
+                "it must return one number for each row, or None where it does not apply"
+            )
         # Equal texts of a group get the index of the first row of the group with this text, as in `rewards.answer_ids`:
         # this is exact, and independent of tokenizer and number of processes.
         ids, seen = np.full(count, -1, np.int32), {}

@@ -269,17 +269,17 @@ def test_arguments_that_cannot_be(jaxrl, arguments, message):
     "name, content, message",
     [
         ("p.txt", b" \n\n", "p.txt holds no prompt; write one a line"),
-        ("p.txt", b"\xff\xfe", "is no text in UTF-8"),
-        ("p.jsonl", b"", "p.jsonl holds no line"),
+        ("p.txt", b"\xff\xfe", "is not text in UTF-8"),
+        ("p.jsonl", b"", "p.jsonl has no lines"),
         ("p.jsonl", b'{"prompt": "a"}\n{"promt": "b"}', "line 2 has the fields promt; give one of prompt, messages"),
         ("p.jsonl", b'{"prompt": "a", "answer": "b"}', "line 1 has the fields prompt, answer; give one of"),
         ("p.jsonl", b"{}", "line 1 has the fields none"),
-        ("p.jsonl", b"[1]", "element 1 holds a int, not an object"),
+        ("p.jsonl", b"[1]", "element 1 has a int, not an object"),
         ("p.jsonl", b'{"prompt": 3}', "prompt is 3; it must be a text"),
         ("p.jsonl", b'{"token_ids": [1, true]}', "token_ids is [1, True]; it must be a list of whole numbers"),
         ("p.jsonl", b'{"token_ids": []}', "line 1 holds no token"),
         ("p.jsonl", b'{"messages": [{"role": "user", "content": "a"}]}', "no chat template is in use; add --chat"),
-        ("p.jsonl", b'{"prompt": ', "line 1 is no JSON"),
+        ("p.jsonl", b'{"prompt": ', "line 1 is not JSON"),
     ],
 )
 def test_files_that_cannot_be(jaxrl, tmp_path, name, content, message):

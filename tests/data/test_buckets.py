@@ -37,7 +37,7 @@ def test_every_length_has_a_width_and_there_are_few(limit):
 def test_what_has_no_width():
     with pytest.raises(ValueError, match="limit is 0; it must be at least 1"):
         buckets(0)
-    with pytest.raises(ValueError, match=r"9 tokens are more than the widest of \[4, 8\]"):
+    with pytest.raises(ValueError, match=r"9 tokens are more than the largest of the widths \[4, 8\]"):
         bucket_of(9, (4, 8))
 
 

@@ -227,7 +227,7 @@ def test_a_refusal_of_the_template_is_passed_on(directories):
 
 
 def test_a_template_that_is_none_names_the_line():
-    with pytest.raises(ValueError, match=r"no valid jinja2 template: .* in line 2"):
+    with pytest.raises(ValueError, match=r"not valid jinja2: .* in line 2"):
         ChatTemplate("{% if a %}\n{% endfor %}").rendered([USER])
 
 

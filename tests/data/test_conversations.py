@@ -240,11 +240,11 @@ def test_a_warm_start_does_not_learn_to_err_or_to_speak_for_the_environment(make
         (lambda: tasks.task("self_correction", problem="sorting"), "problem is 'sorting'"),
         (
             lambda: tasks.task("calculator", repeated=0.5, fault_probability=0.1),
-            "repeated is 0.5 beside fault_prob.*set one",
+            "repeated is 0.5 and fault_prob.*set one",
         ),
-        (lambda: bargaining.problem("21/40"), "'21/40' is no problem of bargaining; it must look like"),
+        (lambda: bargaining.problem("21/40"), "'21/40' is not a problem of bargaining; it must look like"),
         (lambda: tasks.task("self_correction", corrupted=-1), "corrupted is -1"),
-        (lambda: tasks.task("self_correction", problem_options={"modulus": 7}), "addition takes other options"),
+        (lambda: tasks.task("self_correction", problem_options={"modulus": 7}), "which addition does not accept"),
         (lambda: tasks.task("self_correction", problem_options=[1]), "must map options"),
     ],
 )

@@ -50,9 +50,9 @@ def test_a_file_of_entries_in_which_a_name_counts_once(tmp_path):
     assert [each["handbook"] for each in made] == ["K reverse;", "M rotate;"]
     assert made.fingerprint != sets["train"].fingerprint
     path.write_text('{"name": "K"}\n')
-    with pytest.raises(ValueError, match="row needs a text 'instruction'"):
+    with pytest.raises(ValueError, match="row of a handbook needs a text 'instruction'"):
         read_handbook(str(path))
-    with pytest.raises(ValueError, match=r"data.handbook.by is 'subject', which no column is called"):
+    with pytest.raises(ValueError, match=r"data.handbook.by is 'subject', which is not a column"):
         chooser(BOOK, count=1, by="subject")({"body": ""})
 
 

@@ -177,7 +177,7 @@ def test_vocabulary_must_fit_the_embedding(directories):
 
 
 def test_a_directory_that_is_missing(tmp_path):
-    with pytest.raises(ValueError, match="is no directory"):
+    with pytest.raises(ValueError, match="is not a directory"):
         load_tokenizer(tmp_path / "nowhere")
 
 
@@ -196,12 +196,12 @@ def test_tokenizer_json_that_is_cut_off(directories):
     directory = directories.qwen()
     file = directory / "tokenizer.json"
     file.write_text(file.read_text()[:500])
-    with pytest.raises(ValueError, match=r"tokenizer.json is no file of the `tokenizers` library"):
+    with pytest.raises(ValueError, match=r"tokenizer.json is not a file of the `tokenizers` library"):
         load_tokenizer(directory)
 
 
 @pytest.mark.parametrize("name", ["tokenizer_config.json", "generation_config.json", "special_tokens_map.json"])
-@pytest.mark.parametrize("content, message", [("{", "cannot be read as JSON"), ("[1]", "holds a list, not an object")])
+@pytest.mark.parametrize("content, message", [("{", "cannot be read as JSON"), ("[1]", "has a list, not an object")])
 def test_broken_settings_are_named(directories, name, content, message):
     directory = directories.qwen()
     (directory / name).write_text(content)
@@ -215,12 +215,12 @@ def test_settings_that_name_tokens_that_are_not_there(directories):
     directory = directories.qwen()
     for id in (99999, -1, "2", True):
         (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, id]}))
-        with pytest.raises(ValueError, match="is the id of no token"):
+        with pytest.raises(ValueError, match="no token has the id"):
             load_tokenizer(directory)
 
 
 def test_no_end_of_sequence_at_all(directories):
-    with pytest.raises(ValueError, match="names an end of sequence"):
+    with pytest.raises(ValueError, match="defines an end of sequence"):
         load_tokenizer(directories.save(directories.root, directories.byte_level(["<eos>"])))
 
 

@@ -160,21 +160,21 @@ def test_a_line_separator_of_unicode_ends_no_line(tmp_path):
 @pytest.mark.parametrize(
     "line, message",
     [
-        ('{"question": "a"', "line 2: no JSON: Expecting"),
-        ('{"question": "a", "answer": NaN}', "line 2: no JSON: NaN is no JSON number"),
-        (b'{"question": "\xff"}', "line 2: no JSON: byte 14 is not UTF-8"),
-        ("[1]", "line 2: holds a list, not an object"),
-        ("null", "line 2: holds a NoneType, not an object"),
+        ('{"question": "a"', "line 2: not JSON: Expecting"),
+        ('{"question": "a", "answer": NaN}', "line 2: not JSON: NaN is not a JSON number"),
+        (b'{"question": "\xff"}', "line 2: not JSON: byte 14 is not UTF-8"),
+        ("[1]", "line 2: has a list, not an object"),
+        ("null", "line 2: has a NoneType, not an object"),
         ('{"answer": "#### 1"}', r"line 2: there is no field 'question'; its fields are \['answer'\]"),
         ('{"question": " ", "answer": "#### 1"}', "line 2: field 'question' is empty"),
-        ('{"question": ["a"], "answer": "#### 1"}', r"""line 2: field 'question' holds \["a"\], not text"""),
-        ('{"question": true, "answer": "#### 1"}', "line 2: field 'question' holds true, not text"),
-        ('{"question": "a", "answer": null}', "line 2: field 'answer' holds null, not text"),
-        ('{"question": "a", "answer": "it is 7"}', "line 2: field 'answer' holds no answer .*'hashes'.*'it is 7'"),
-        ('{"question": "a", "answer": "it is #### "}', "line 2: field 'answer' holds no answer"),
+        ('{"question": ["a"], "answer": "#### 1"}', r"""line 2: field 'question' is \["a"\], not text"""),
+        ('{"question": true, "answer": "#### 1"}', "line 2: field 'question' is true, not text"),
+        ('{"question": "a", "answer": null}', "line 2: field 'answer' is null, not text"),
+        ('{"question": "a", "answer": "it is 7"}', "line 2: field 'answer' has no answer .*'hashes'.*'it is 7'"),
+        ('{"question": "a", "answer": "it is #### "}', "line 2: field 'answer' has no answer"),
         (
             r'{"question": "a \ud83d", "answer": "#### 1"}',
-            r"line 2: no JSON: it holds '.ud83d', half of a surrogate pair",
+            r"line 2: not JSON: it has '.ud83d', half of a surrogate pair",
         ),
     ],
 )
@@ -189,10 +189,10 @@ def test_bad_lines_are_named(tmp_path, line, message):
 @pytest.mark.parametrize(
     "messages, message",
     [
-        ([], "holds no list of messages"),
-        ("hi", "holds no list of messages"),
-        ([{"role": "user"}], "message 0 of field 'messages' is no object with a role and a content"),
-        ([{"role": "user", "content": [{"text": "x"}]}], "message 0 of field 'messages' is no object"),
+        ([], "is not a list of messages"),
+        ("hi", "is not a list of messages"),
+        ([{"role": "user"}], "message 0 of field 'messages' is not an object with texts as role and content"),
+        ([{"role": "user", "content": [{"text": "x"}]}], "message 0 of field 'messages' is not an object"),
         ([{"role": "assistant", "content": "5"}], "no message of the user"),
         ([{"role": "system", "content": "s"}], "no message of the user"),
     ],
@@ -233,16 +233,16 @@ def test_many_bad_lines_are_counted(tmp_path):
 def test_bad_files(tmp_path):
     with pytest.raises(ValueError, match="nowhere cannot be read: No such file"):
         problem_sets(tmp_path / "nowhere", fields_of("gsm8k"))
-    with pytest.raises(ValueError, match=r"is a directory without any file of \.jsonl"):
+    with pytest.raises(ValueError, match=r"is a directory without files of \.jsonl"):
         problem_sets(tmp_path, fields_of("gsm8k"))
     (tmp_path / "empty").write_text("\n \n")
-    with pytest.raises(ValueError, match="holds no line"):
+    with pytest.raises(ValueError, match="has no rows"):
         problem_sets(tmp_path / "empty", fields_of("gsm8k"))
     (tmp_path / "list").write_text('[{"question": "a"},')
-    with pytest.raises(ValueError, match="list is no JSON"):
+    with pytest.raises(ValueError, match="list is not JSON"):
         problem_sets(tmp_path / "list", fields_of("gsm8k"))
     (tmp_path / "list").write_text("[1]")
-    with pytest.raises(ValueError, match="element 1: holds a int"):
+    with pytest.raises(ValueError, match="element 1: has a int"):
         problem_sets(tmp_path / "list", fields_of("gsm8k"))
 
 
@@ -250,12 +250,12 @@ def test_bad_files(tmp_path):
     "format, changes, message",
     [
         ("gsm", {}, "format is 'gsm'; it must be one of 'gsm8k', 'prompt', 'messages'"),
-        ("prompt", {"question": "a"}, "no field 'question' to map; known: prompt, messages"),
-        ("prompt", {"messages": "m"}, "name the field that holds the prompt"),
-        ("prompt", {"prompt": None}, "name the field that holds the prompt"),
+        ("prompt", {"question": "a"}, "no field 'question' to map; fields are prompt, messages"),
+        ("prompt", {"messages": "m"}, "set one of them to the column of the prompt"),
+        ("prompt", {"prompt": None}, "set one of them to the column of the prompt"),
         ("prompt", {"answer_from": "end"}, "answer_from is 'end'"),
         ("prompt", {"calculations": "yes"}, "calculations is 'yes'"),
-        ("messages", {"response": "r"}, "leave response out"),
+        ("messages", {"response": "r"}, "remove response"),
     ],
 )
 def test_bad_formats(format, changes, message):

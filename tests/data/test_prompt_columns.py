@@ -84,5 +84,5 @@ def test_a_column_is_written_as_a_template():
         with pytest.raises(ValueError, match=message):
             with_column(sets, "privileged", text)
     talks = {"train": ProblemSet("file", "train", ({"messages": [], "answer": "3"},), "print")}
-    with pytest.raises(ValueError, match="conversations have no one prompt"):
+    with pytest.raises(ValueError, match="conversations have no single prompt"):
         with_column(talks, "privileged", "{body}")

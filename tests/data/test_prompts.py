@@ -145,7 +145,8 @@ def test_an_answer_that_the_tokenizer_would_join_to_the_prompt_is_encoded_alone(
 
 
 def test_a_template_that_ignores_the_generation_prompt_is_refused(directories):
-    with pytest.raises(ValueError, match=r"ignores add_generation_prompt: it opens .*'<\|im_start\|>assistant\\n'"):
+    header = r"ignores add_generation_prompt: it writes the header .*'<\|im_start\|>assistant\\n'"
+    with pytest.raises(ValueError, match=header):
         chat(directories, TURN)
 
 

@@ -79,7 +79,7 @@ def test_a_prepared_tfds_data_set_is_read_by_name_or_directory(tmp_path, monkeyp
     assert len(rows_of(f"tfds:{made.directory}@train[:25%]")[0]) == 3
     with pytest.raises(ValueError, match=r"has no split 'test'; it has train: write tfds:.*@NAME"):
         rows_of(f"tfds:{made.directory}@test")
-    with pytest.raises(ValueError, match="tfds:nothing is no data set that tensorflow-datasets has prepared in"):
+    with pytest.raises(ValueError, match="tfds:nothing is not a data set that tensorflow-datasets has prepared in"):
         rows_of("tfds:nothing")
 
 
@@ -111,14 +111,14 @@ def test_a_directory_is_its_files_in_order_or_its_splits(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.csv", b"a,b\n1,2\n3\n", "a.csv, line 3: 1 cells, but the first line names 2 columns"),
-        ("a.csv", b"a,a\n1,2\n", r"has the columns \['a', 'a'\]; its first line must give each a name of its own"),
-        ("a.csv", b'a,b\n1,"2\n', "is no CSV: unexpected end of data"),
-        ("a.csv", b"a\n\xff\n", "is no text in UTF-8"),
-        ("a.csv", b"", "holds no line; give one row or more"),
-        ("a.parquet", b"PAR1", "is no Parquet file"),
-        ("a.jsonl", b'{"a": 1}\n{"a": \n', "a.jsonl, line 2: no JSON: Expecting value"),
-        ("a.jsonl", b"3\n", "line 1 holds a int, not an object"),
+        ("a.csv", b"a,b\n1,2\n3\n", "a.csv, line 3: 1 cells, but the first line has 2 columns"),
+        ("a.csv", b"a,a\n1,2\n", r"has the columns \['a', 'a'\]; its first line must give each column a unique name"),
+        ("a.csv", b'a,b\n1,"2\n', "is not CSV: unexpected end of data"),
+        ("a.csv", b"a\n\xff\n", "is not text in UTF-8"),
+        ("a.csv", b"", "has no rows; give a file with at least one row"),
+        ("a.parquet", b"PAR1", "is not a Parquet file"),
+        ("a.jsonl", b'{"a": 1}\n{"a": \n', "a.jsonl, line 2: not JSON: Expecting value"),
+        ("a.jsonl", b"3\n", "line 1 has a int, not an object"),
     ],
 )
 def test_what_cannot_be_read_is_said_by_file_and_line(tmp_path, name, content, message):
@@ -148,7 +148,7 @@ def test_values_of_other_libraries_become_plain():
     }
     assert plain_value(value) == {"a": [[1, 2]], "b": 0.5, "c": "2024-01-02", "d": "1.20"}
     for bad in (b"\xff", object()):
-        with pytest.raises(ValueError, match="a column holds"):
+        with pytest.raises(ValueError, match="a column has"):
             plain_value({"a": bad})
 
 
@@ -161,5 +161,5 @@ def test_templates_and_conditions_are_sandboxed_and_strict():
         with pytest.raises(ValueError, match=r"fails with \w+.*the columns are meta, options, q"):
             rendered(text, row)
     for text in ("{{ q", "{% if q %}"):
-        with pytest.raises(ValueError, match="is no valid jinja2"):
+        with pytest.raises(ValueError, match="is not valid jinja2"):
             rendered(text, row)

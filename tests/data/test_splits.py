@@ -72,7 +72,7 @@ def test_what_is_left_out_is_counted_by_its_reason(tmp_path):
     train = found["train"]
     assert len(train) == 20
     assert all(each["raw"]["level"] < 4 and each["item_id"] >= 10 for each in train)
-    assert train.dropped["no prompt or answer that can be read"] == 2
+    assert train.dropped["no readable prompt or answer"] == 2
     assert train.dropped["not level < 4"] == 24
     assert train.dropped["not prompt|length > 6"] == 16  # of 0 to 9 without 4 and 9, twice
     assert (
@@ -92,7 +92,7 @@ def test_what_is_left_out_is_counted_by_its_reason(tmp_path):
 def test_prompts_of_two_splits_are_refused_or_leave_training(tmp_path):
     train, test = write(tmp_path / "a", rows(60)), write(tmp_path / "b", rows(3, 10))
     fields = fields_of("prompt")
-    with pytest.raises(ValueError, match="splits must not overlap: take it out of one"):
+    with pytest.raises(ValueError, match="splits must not overlap: remove it from one"):
         problem_sets(train, fields, test_path=test)
     found = problem_sets(train, fields, test_path=test, refining=Refining(overlap="drop"))
     bodies = {split: {each["body"] for each in one} for split, one in found.items()}
@@ -101,7 +101,7 @@ def test_prompts_of_two_splits_are_refused_or_leave_training(tmp_path):
     gone = [one.dropped.get("prompt of another split", 0) for one in found.values()]
     assert sum(gone) == 3
     parts = {"a": sets(tmp_path), "b": dict.fromkeys(found, sets(tmp_path)["train"])}
-    with pytest.raises(ValueError, match=r"stands in source \w \(train\) and in source b \(\w+\)"):
+    with pytest.raises(ValueError, match=r"is in source \w \(train\) and in source b \(\w+\)"):
         mixture(parts)
 
 

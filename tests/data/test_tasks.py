@@ -277,5 +277,5 @@ def test_a_critic_is_asked_about_results_of_which_half_are_right():
         result = item.body.partition("?")[2]
         assert (task.columns({"body": item.body})["solution"] == result) == (item.answer == "Y")
         assert item.think.endswith("=" + task.columns({"body": item.body})["solution"])
-    with pytest.raises(ValueError, match=r"attempts is 0.5, but claims asks another question"):
+    with pytest.raises(ValueError, match=r"attempts is 0.5 and claims is true, which exclude each other"):
         tasks.task("chain", attempts=0.5, claims=True)

@@ -175,35 +175,39 @@ def test_what_is_too_long_is_an_error_or_is_dropped_with_its_group(batch):
     ("kind", "line", "message"),
     [
         ("pairs", {"prompt": "A:1", "chosen": "2", "rejected": "2"}, "two equal completions '2'"),
-        ("pairs", {"prompt": "A:1", "chosen": "2"}, "rejected None, which is no text"),
-        ("pairs", {"prompt": 3, "chosen": "2", "rejected": "1"}, "prompt 3, which is no text"),
+        ("pairs", {"prompt": "A:1", "chosen": "2"}, "rejected None, which is not text"),
+        ("pairs", {"prompt": 3, "chosen": "2", "rejected": "1"}, "prompt 3, which is not text"),
         (
             "pairs",
             {"chosen": "a 2", "rejected": "b 1"},
-            "prompt None, and its completions begin with nothing in common",
+            "prompt None, and its completions have no common beginning",
         ),
-        ("pairs", {"prompt": "A", "chosen": "2", "rejected": "1", "tie": True}, "a tie, of which no side is better"),
+        (
+            "pairs",
+            {"prompt": "A", "chosen": "2", "rejected": "1", "tie": True},
+            "a tie, so neither completion is better",
+        ),
         ("pairs", {"prompt": "A", "chosen": "2", "rejected": "1", "margin": -1}, "margin -1.0; it must be at least 0"),
         ("pairs", {"prompt": "A", "chosen": "2", "rejected": "1", "weight": "x"}, "weight 'x'; it must be a finite"),
-        ("pairs", {"prompt": [], "chosen": "2", "rejected": "1"}, r"prompt \[\], which holds no message"),
-        ("pairs", {"prompt": [{"role": 1}], "chosen": "2", "rejected": "1"}, "a message has a text as role"),
+        ("pairs", {"prompt": [], "chosen": "2", "rejected": "1"}, r"prompt \[\], which has no message"),
+        ("pairs", {"prompt": [{"role": 1}], "chosen": "2", "rejected": "1"}, "a message needs texts as role"),
         ("pairs", {"prompt": "A", "chosen": [USER], "rejected": "1"}, r"chosen with messages of \['user'\]"),
         ("verdicts", {"prompt": "A", "first": "2", "second": "1", "better": "C"}, "better 'C'; it must be first or"),
         ("verdicts", {"prompt": "A", "first": "2", "second": "2", "better": "A"}, "two equal completions '2'"),
         ("rankings", {"prompt": "A:1", "completions": ["2"]}, r"completions \['2'\]; a ranking is a list of"),
         ("rankings", {"prompt": "A:1", "completions": "23"}, "completions '23'"),
         ("rankings", {"prompt": "A:1", "completions": ["2", "3", "2"]}, "two equal completions '2'"),
-        ("rankings", {"prompt": "A:1", "completions": ["2", 3, "4"]}, "completion 3, which is no text"),
+        ("rankings", {"prompt": "A:1", "completions": ["2", 3, "4"]}, "completion 3, which is not text"),
         ("ratings", {"prompt": "A:1", "completion": "2", "rating": "good"}, "rating 'good'; it must be a finite"),
         ("ratings", {"prompt": "A:1", "completion": "2", "rating": True}, "rating True"),
         ("ratings", {"prompt": "A:1", "completion": "2"}, "no rating"),
-        ("labels", {"prompt": "A:1", "completion": "2", "label": 2}, "label 2; it must be true or false"),
+        ("labels", {"prompt": "A:1", "completion": "2", "label": 2}, "label 2; it must be true, false"),
         ("labels", {"prompt": "A:1", "completion": "2", "label": None}, "label None"),
         ("labels", {"prompt": "A:1", "completion": "2", "label": "yes"}, "label 'yes'"),
         ("labels", {"prompt": "A:1", "completion": "2", "label": [1]}, r"label \[1\]"),
         ("steps", {"prompt": "A:1", "steps": ["1", "2"], "labels": [1]}, "give lists of one length"),
         ("steps", {"prompt": "A:1", "steps": [], "labels": []}, "give lists of one length"),
-        ("steps", {"prompt": "A:1", "steps": ["1", 2], "labels": [1, 0]}, "step 2, which is no text"),
+        ("steps", {"prompt": "A:1", "steps": ["1", 2], "labels": [1, 0]}, "step 2, which is not text"),
         ("steps", {"prompt": "A:1", "steps": ["1", ""], "labels": [1, 0]}, "an empty step, which has no last token"),
         ("steps", {"prompt": "A:1", "steps": ["1"], "labels": ["good"]}, "label 'good'; it must be a finite"),
         (
@@ -212,7 +216,7 @@ def test_what_is_too_long_is_an_error_or_is_dropped_with_its_group(batch):
             "label -100 of a step; it must be true or false",
         ),
         ("rankings", {"prompt": "A:1", "completions": ["1", "2"], "ranks": [0]}, r"ranks \[0\]; give one for each"),
-        ("rankings", {"prompt": "A:1", "completions": ["1", "2"], "ranks": [1, 1]}, "a tie, of which no side"),
+        ("rankings", {"prompt": "A:1", "completions": ["1", "2"], "ranks": [1, 1]}, "a tie, so neither"),
         (
             "ratings",
             {"prompt": "A:1", "response": "2", "helpfulness": 3},
@@ -239,9 +243,9 @@ def test_a_line_that_cannot_be_used_is_named_by_file_and_line(tmp_path, kind, li
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", "holds no line"),
-        ("{", "line 1: no JSON"),
-        ("3\n", "line 1 holds a int, not an object"),
+        ("", "has no"),
+        ("{", "line 1: not JSON"),
+        ("3\n", "line 1 has a int, not an object"),
     ],
 )
 def test_a_file_that_cannot_be_read_is_refused(tmp_path, content, message):
@@ -300,7 +304,7 @@ def test_ties_and_equal_sides_are_dropped_and_counted_as_told(tmp_path):
     found = judged_groups(write(tmp_path / "a.jsonl", lines), "pairs", unusable="drop")
     assert (len(found.groups), found.dropped) == (2, {"equal completions": 1, "ties": 2})
     assert fed(tmp_path, "pairs", lines=lines, unusable="drop").dropped == {"equal completions": 1, "ties": 2}
-    with pytest.raises(ValueError, match="1 rows, all of which were left out as equal completions"):
+    with pytest.raises(ValueError, match="1 rows, which were all dropped \(equal completions\)"):
         judged_groups(write(tmp_path / "a.jsonl", lines[2:3]), "pairs", unusable="drop")
     with pytest.raises(ValueError, match="unusable is 'keep'; it must be error or drop"):
         judged_groups(tmp_path / "a.jsonl", "pairs", unusable="keep")
@@ -344,7 +348,7 @@ def test_ratings_of_several_attributes_lie_within_their_bounds(tmp_path):
     rows = feed.rows(SimpleNamespace(), {})(0)
     order = np.argsort(np.asarray(rows.prompt_id))
     np.testing.assert_array_equal(np.asarray(rows["rating"])[order], [[3, 0], [4, np.nan]])
-    with pytest.raises(ValueError, match=r"line 2 has helpfulness 4, outside of \[0, 3\]; repair it"):
+    with pytest.raises(ValueError, match=r"line 2 has helpfulness 4, outside of \[0, 3\]; correct it"):
         fed(tmp_path, "ratings", lines=lines, attributes=("helpfulness",), lowest=0, highest=3)
     with pytest.raises(ValueError, match="line 1 has none of the ratings coherence; give one of them"):
         fed(tmp_path, "ratings", lines=lines, attributes=("coherence",))
@@ -352,7 +356,7 @@ def test_ratings_of_several_attributes_lie_within_their_bounds(tmp_path):
 
 def test_labels_of_one_class_only_are_refused(tmp_path):
     lines = [{"prompt": f"A:{n}", "completion": "1", "label": 0.7} for n in range(3)]
-    with pytest.raises(ValueError, match=r"judged.jsonl has only labels like 0.7; what is to be told apart"):
+    with pytest.raises(ValueError, match=r"judged.jsonl has only labels like 0.7; training needs both classes"):
         fed(tmp_path, "labels", lines=lines)
 
 
@@ -415,7 +419,7 @@ def test_steps_without_a_judgement_and_of_one_class(tmp_path):
     ).rows(SimpleNamespace(), {})(0)
     np.testing.assert_array_equal(rows["step_labels"][0, :4], [1, np.nan, 0, np.nan])
     for labels, message in (
-        ([True, 1], "only labels like 1; what is to be told apart"),
+        ([True, 1], "only labels like 1; training needs both classes"),
         ([None], "no step with a label"),
     ):
         line = {"prompt": "A:1", "steps": ["1", "2"][: len(labels)], "labels": labels}

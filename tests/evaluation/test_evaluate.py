@@ -147,7 +147,7 @@ def test_other_keys_draw_other_samples(evaluate, params, metrics):
 
 @pytest.mark.parametrize("k", [(5,), (0, 1), (1, 8)])
 def test_a_k_that_the_samples_cannot_give_is_refused(model, k):
-    with pytest.raises(ValueError, match="there are 4 samples a problem"):
+    with pytest.raises(ValueError, match=r"there are 4 samples a problem|at least 1"):
         make_evaluate(model, GRADE, TOKENIZER, samples_per_problem=4, k=k, **SIZES)
 
 

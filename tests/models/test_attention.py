@@ -180,7 +180,7 @@ def test_what_is_asked_for_is_used_on_whole_sequences():
     "bad, message",
     [
         (dict(attention="flash"), "model.attention is 'flash'; it must be one of auto, plain, xla, cudnn, splash"),
-        (dict(attention="xla", attention_cap=5.0), "model.attention is 'xla', which has no soft cap"),
+        (dict(attention="xla", attention_cap=5.0), "model.attention is 'xla', which does not support a soft cap"),
         (dict(attention="cudnn"), "'cudnn', which computes in bfloat16 only"),
         (dict(attention_cap=0.0), "model.attention_cap is 0.0; it must be above 0"),
         (dict(window=0), "model.window is 0"),

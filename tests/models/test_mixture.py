@@ -91,5 +91,5 @@ def test_what_is_drawn_is_the_policy_times_the_exponential_of_the_value():
 
 def test_a_value_network_of_other_tokens_is_refused():
     other = transformer(TransformerConfig(TOKENS + 1, width=8, layers=1, heads=2, kv_heads=1))
-    with pytest.raises(ValueError, match="the policy has 3 and the value network 4"):
+    with pytest.raises(ValueError, match="the policy has 3 tokens and the value network 4"):
         value_guided(BASE, other)

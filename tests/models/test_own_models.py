@@ -296,7 +296,7 @@ def test_the_parameters_are_described():
         lambda leaf: (leaf.shape, leaf.dtype), params
     )
     assert all(math.isnan(spec.scale) for spec in jax.tree.leaves(module.specs, is_leaf=lambda x: hasattr(x, "scale")))
-    with pytest.raises(ValueError, match=r"\['table'\] has no initialiser .* draw the parameters with the model's own"):
+    with pytest.raises(ValueError, match=r"\['table'\] has no initialiser .* use the model's init function"):
         initialise(functions.specs, jax.random.key(0))
     named = from_functions(**ATTENTION, axes={"table": ("vocabulary", None)})
     assert logical_axes(named.specs) == {"table": ("vocabulary", None)}
@@ -364,10 +364,10 @@ class WithoutScores(nn.Module):
 @pytest.mark.parametrize(
     "module, message",
     [
-        (Network, "was given the class Network; give an instance"),
-        (object(), "was given a object; give an instance of flax.linen.Module, or hand the functions"),
+        (Network, "got the class Network; give an instance"),
+        (object(), "got a object; give an instance of flax.linen.Module, or use from_functions"),
         (WithoutScores(), "WithoutScores has no method logits"),
-        (WithStatistics(), "WithStatistics keeps variables in statistics besides its params"),
+        (WithStatistics(), "WithStatistics has variables in statistics besides its params"),
     ],
 )
 def test_a_module_that_cannot_be_a_policy_is_refused(module, message):

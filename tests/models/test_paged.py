@@ -134,7 +134,7 @@ def test_a_model_says_the_same_from_pages(layer_loop):
 
 
 def test_bad_layouts():
-    with pytest.raises(ValueError, match="pages are kept in the compute dtype"):
+    with pytest.raises(ValueError, match="pages have the compute dtype"):
         TransformerConfig(7, cache_layout="paged", cache_dtype="int8")
     with pytest.raises(ValueError, match="3 samples of a row whose cache is in pages"):
         expanded(paged(prefilled(), 1, 4), 3, 4, config=TransformerConfig(7))

@@ -67,9 +67,10 @@ def test_three_steps_of_grpo_and_an_export(checkpoint_with_tokenizer, tmp_path):
     losses = [line for line in lines if "loss" in line]
     assert len(losses) == 3
     assert all(np.isfinite(line["loss"]) for line in losses)
-    # What sampled is what is trained.
-    assert max(line["sampler_gap_max"] for line in losses) < 1e-4
-    assert max(line["sampler_gap_mean"] for line in losses) < 5e-5
+    # What sampled is what is trained, up to rounding: the log-probability of a sampled token of such a random model
+    # differs by up to 2.5e-4, and by 1e-5 in the mean, between transformers in float32 and in float64.
+    assert max(line["sampler_gap_max"] for line in losses) < 5e-4
+    assert max(line["sampler_gap_mean"] for line in losses) < 2e-5
     assert main(["export", str(tmp_path / "run"), str(tmp_path / "exported")]) == 0
     (named,) = json.loads((tmp_path / "exported" / "config.json").read_text())["architectures"]
     assert getattr(transformers, named).from_pretrained(tmp_path / "exported").num_parameters() > 1000

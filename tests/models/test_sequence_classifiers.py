@@ -128,14 +128,14 @@ def test_what_is_no_reward_model_is_refused(tmp_path):
     tensors, config = load_file(directory / "model.safetensors"), json.loads((directory / "config.json").read_text())
     several = tensors | {"score.weight": np.ones((3, 36), np.float32)}
     save_file(several, directory / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"score\.weight of 3 labels for 36 hidden numbers; .* one label"):
+    with pytest.raises(ValueError, match=r"score\.weight with 3 labels and input width 36; .* one label"):
         load_reward_model(directory)
     without = {name: value for name, value in tensors.items() if name != "score.weight"}
     save_file(without, directory / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"but holds no score\.weight; .*networks\.reward\.head=scalar"):
+    with pytest.raises(ValueError, match=r"but has no score\.weight; .*networks\.reward\.head=scalar"):
         load_reward_model(directory)
     (directory / "config.json").write_text(json.dumps(config | {"architectures": ["LlamaForCausalLM"]}))
-    with pytest.raises(ValueError, match="is no reward model"):
+    with pytest.raises(ValueError, match="is not a reward model"):
         load_config(directory, scores=True)
     with pytest.raises(ValueError, match=r"no reward model .* of GraniteForCausalLM"):
         as_reward_model({"architectures": ["GraniteForCausalLM"]}, None)

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxrl_llm.models import TransformerConfig, logprobs, transformer
 from jaxrl_llm.models.attention import splash_attention
+from jaxrl_llm.models.experts import ExpertsConfig, expert_mlp, route
 from jaxrl_llm.models.logprobs import token_statistics
 from jaxrl_llm.parallel import laid_out, make_mesh
 from jaxrl_llm.training.segments import abstract_like, parameter_shardings
@@ -24,6 +25,9 @@ MODEL = transformer(
     )
 )
 ALL_SHARE = {"one": {}, "sequence 8": {"sequence": 8}, "sequence 4 x tensor 2": {"sequence": 4, "tensor": 2}}
+
+# Experts on several devices, the hidden units of each one on several.
+EXPERT_LAYOUTS = {"2 x 2 x 2": {"fsdp": 2, "expert": 2, "tensor": 2}, "1 x 8": {"tensor": 8}}
 
 
 def loss(params, tokens):
@@ -65,6 +69,32 @@ def splash(mesh):
     return {"values": attended, **{f"slope {i}": slope for i, slope in enumerate(slopes)}}
 
 
+def experts(mesh, product: str) -> dict[str, np.ndarray]:
+    """A mixture of experts with biases, and all of its gradients."""
+    rng, (count, width, hidden) = np.random.default_rng(0), (4, 8, 16)
+    shapes = {
+        "x": (8, 6, width),
+        "router": (width, count),
+        "gate_up": (count, width, 2, hidden),
+        "down": (count, hidden, width),
+        "gate_up_bias": (count, 2, hidden),
+        "down_bias": (count, width),
+    }
+    arrays = {name: jnp.asarray(rng.standard_normal(shape), jnp.float32) for name, shape in shapes.items()}
+
+    def value(arrays):
+        matrices = dict(arrays)
+        x, router = matrices.pop("x"), matrices.pop("router")
+        gated = lambda gate, up: jax.nn.silu(gate) * up  # noqa: E731
+        found = expert_mlp(
+            x, route(x, router, ExpertsConfig(count, 2)), gated=gated, ragged=product == "ragged", **matrices
+        )
+        return jnp.sin(found / 10).sum(), found
+
+    (_, found), slopes = jax.jit(laid_out(jax.value_and_grad(value, has_aux=True), mesh))(arrays)
+    return {"values": found, **{f"slope {name}": slope for name, slope in slopes.items()}}
+
+
 def vocabulary_pass(mesh) -> dict[str, np.ndarray]:
     """The largest array with a whole vocabulary, and the largest that a loop over chunks communicates."""
     vocabulary = 4096
@@ -103,6 +133,10 @@ def main(path: str) -> None:
             found[f"{name}|gradient{jax.tree_util.keystr(place)}"] = leaf
     for name, mesh in (("one", None), ("split", make_mesh(8, {"fsdp": 2, "sequence": 2, "tensor": 2}))):
         found |= {f"splash {name}|{key}": value for key, value in splash(mesh).items()}
+    for product in ("ragged", "dense"):
+        for name, sizes in {"one": None, **EXPERT_LAYOUTS}.items():
+            of = experts(sizes and make_mesh(8, sizes), product)
+            found |= {f"experts {product}, {name}|{key}": value for key, value in of.items()}
     found |= {
         f"vocabulary|{k}": v for k, v in vocabulary_pass(make_mesh(8, {"fsdp": 2, "sequence": 2, "tensor": 2})).items()
     }

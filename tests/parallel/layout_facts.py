@@ -25,10 +25,11 @@ LAYOUTS = {
     "2 x 4": {"fsdp": 4, "tensor": 2},
     "2 x 2 x 2": {"fsdp": 2, "sequence": 2, "tensor": 2},
 }
-# By the product that serves them.
+# With the product that computes them.
 EXPERT_LAYOUTS = {
-    "ragged": ("4 experts x 2", {"fsdp": 2, "expert": 4}),
-    "dense": ("2 x 2 experts x 2", {"data": 2, "expert": 2, "tensor": 2}),
+    "4 experts x 2": ("ragged", {"fsdp": 2, "expert": 4}),
+    "2 x 2 experts x 2": ("dense", {"data": 2, "expert": 2, "tensor": 2}),
+    "2 x 2 experts x 2, ragged": ("ragged", {"fsdp": 2, "expert": 2, "tensor": 2}),
 }
 # With a value network, a reference that moves, and rows of earlier steps; and what is kept on the host.
 OF_SEVERAL_NETWORKS = {
@@ -153,10 +154,13 @@ def main(path: str) -> None:
     add("one", None)
     for name, sizes in LAYOUTS.items():
         add(name, make_mesh(8, sizes))
-    for product, (name, sizes) in EXPERT_LAYOUTS.items():
-        described = DENSE | {"experts": ExpertsConfig(4, 2, product=product)}
+    with_experts = {
+        product: DENSE | {"experts": ExpertsConfig(4, 2, product=product)} for product in ("ragged", "dense")
+    }
+    for product, described in with_experts.items():
         add(f"one {product}", None, described=described)
-        add(name, make_mesh(8, sizes), described=described)
+    for name, (product, sizes) in EXPERT_LAYOUTS.items():
+        add(name, make_mesh(8, sizes), described=with_experts[product])
     add("packed, 2 x 2 x 2", make_mesh(8, {"fsdp": 2, "sequence": 2, "tensor": 2}), packing=(0.5, 0.75))
     add("trimmed, 4 x 2", make_mesh(8, {"fsdp": 4, "tensor": 2}), completion_buckets=(2, 4, 6))
     add("one networks", None, networks=True)

@@ -56,3 +56,13 @@ def test_a_vocabulary_that_is_split_is_never_gathered(facts):
     assert facts["vocabulary|whole"] == 0
     # In the loop over chunks: normalisers, and gradients of hidden states; neither scores nor the table's gradient.
     assert facts["vocabulary|moved in a loop"].max() <= 128 * 64
+
+
+@pytest.mark.parametrize("product", ["ragged", "dense"])
+@pytest.mark.parametrize("layout", ["2 x 2 x 2", "1 x 8"])
+def test_hidden_units_of_experts_may_be_split(facts, product, layout):
+    names = [key.split("|")[1] for key in facts if key.startswith(f"experts {product}, one|")]
+    assert len(names) == 7
+    for name in names:
+        ours, theirs = (facts[f"experts {product}, {which}|{name}"] for which in (layout, "one"))
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=2e-6 * np.abs(theirs).max(), err_msg=name)

@@ -22,6 +22,7 @@ CASES = [
     ("trimmed, 4 x 2", "one", 1 / 8),
     ("4 experts x 2", "one ragged", 1 / 8),
     ("2 x 2 experts x 2", "one dense", 1 / 4),
+    ("2 x 2 experts x 2, ragged", "one ragged", 1 / 8),
     ("networks, 4 x 2", "one networks", 1 / 8),
     ("teacher, 4 x 2", "one teacher", None),
     ("networks, 2 x 2 x 2, offloaded", "one networks", 1 / 4),

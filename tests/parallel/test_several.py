@@ -456,7 +456,7 @@ def test_both_go_on_from_their_hosts_or_neither_does(alone, configs, tmp_path, r
         shutil.rmtree(next((tmp_path / "local").glob("*/process-1")))
     with launched(train(2, "--resume", directory), tmp_path / "more", share(2)) as run:
         run.succeeded()
-        told = "going on from the local checkpoint of step" in " ".join(run.said()[0].split())
+        told = "resuming from the local checkpoint of step" in " ".join(run.said()[0].split())
     assert told != replaced
     # One process and two round the last digit of an entropy apart now and then: completions and rewards are compared.
     names = ("step", "completion", "reward")
@@ -540,7 +540,7 @@ def test_processes_of_which_some_share_a_disk_are_refused(configs, tmp_path):
             marks=pytest.mark.fault(
                 "address",
                 "a function of the user's fails on a process that shares no disk",
-                "its traceback is at the address, in `host/N/NAME.log` of process N",
+                "its traceback is at the address, in `host/N/logs/NAME.log` of process N",
             ),
         ),
     ],
@@ -558,8 +558,8 @@ def test_a_reward_that_fails_on_one_process_ends_all_with_the_state_saved(config
         for text in run.said():
             assert "process 1: reward 'vowel_share' raised RuntimeError: the judge is out of office" in text
             assert "The state before step 1 is saved" in text
-            assert f"its traceback and output are in {place}/host/1/vowel_share.log" in text
-    assert "the judge is out of office" in (directory / "host" / "1" / "vowel_share.log").read_text()
+            assert f"its traceback and output are in {place}/host/1/logs/vowel_share.log" in text
+    assert "the judge is out of office" in (directory / "host" / "1" / "logs" / "vowel_share.log").read_text()
     assert [path.name for path in (directory / "checkpoints").iterdir()] == [str(WARM)]
 
 

@@ -315,7 +315,7 @@ def test_a_checkpoint_is_there_when_each_process_has_brought_its_arrays(tmp_path
     main, other = shares(address, tmp_path, "a")
     write(main.directory, RUN | checkpoint_of(1, 0) | {"frozen/f/w/0.0": "f0", "frozen/f/w/.zarray": "{}"})
     write(other.directory, checkpoint_of(1, 1) | {"frozen/f/w/0.1": "f1", "metrics.jsonl": "of process 0"})
-    write(other.directory, {"host/0/reward.log": "of process 0", "host/1/reward.log": "of this process"})
+    write(other.directory, {"logs/reward.log": "of process 0", "host/1/logs/reward.log": "of this process"})
     main.push()
     assert not any(name.startswith("checkpoints") for name in main.there()), "the other's arrays are missing"
     other.push()
@@ -325,7 +325,7 @@ def test_a_checkpoint_is_there_when_each_process_has_brought_its_arrays(tmp_path
         "frozen/f/w/0.0": "f0",
         "frozen/f/w/0.1": "f1",
         "frozen/f/w/.zarray": "{}",
-        "host/1/reward.log": "of this process",
+        "host/1/logs/reward.log": "of this process",
     }
     expected = {name: text for name, text in everything.items() if name != ".owner"}
     # Each goes on with all of it: on another machine, or where it has its share.

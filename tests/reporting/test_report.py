@@ -266,7 +266,7 @@ def test_a_trained_run_is_reported_with_what_was_set(capsys, finished_run, tmp_p
 
 
 def test_what_cannot_be_reported_says_why(capsys, tmp_path, monkeypatch):
-    assert "is no run: there is no config.yaml" in said(capsys, "report", tmp_path)[2]
+    assert "is not a run: it has no config.yaml" in said(capsys, "report", tmp_path)[2]
     run = made_run(tmp_path / "run")
     assert "cannot be written" in said(capsys, "report", run, "--out", tmp_path / "absent" / "page.html")[2]
     with RunDirectory(tmp_path / "empty", {"name": "empty"}):

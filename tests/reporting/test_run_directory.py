@@ -141,7 +141,7 @@ def test_a_directory_in_use_is_refused_and_left_alone(tmp_path):
     with RunDirectory(tmp_path / "run", CONFIG) as run:
         run.write_metrics(1, {"loss": 1.0})
     before = (run.path / "metrics.jsonl").read_bytes()
-    with pytest.raises(ValueError, match=r"not empty \(it holds config\.yaml, metrics\.jsonl.*resume the run"):
+    with pytest.raises(ValueError, match=r"not empty \(it has config\.yaml, metrics\.jsonl.*resume the existing run"):
         RunDirectory(tmp_path / "run", CONFIG)
     assert (run.path / "metrics.jsonl").read_bytes() == before
     (tmp_path / "empty").mkdir()

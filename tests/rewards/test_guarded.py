@@ -108,7 +108,7 @@ def ask(functions, tmp_path):
     before = waiting()
 
     def call(name, *, texts=TEXTS, memory=None, most_failed=1.0, stop=lambda: None, **options):
-        guarded = Guarded(getattr(functions, name), name, memory, most_failed, tmp_path / "host", stop)
+        guarded = Guarded(getattr(functions, name), name, memory, most_failed, tmp_path / "logs", stop)
         made.append(guarded)
         single = name.startswith(("one", "judged"))
         data = {"completion" if single else "completions": texts}
@@ -121,7 +121,7 @@ def ask(functions, tmp_path):
 
 
 def log(folder: Path, name: str) -> str:
-    return (folder / "host" / f"{name}.log").read_text()
+    return (folder / "logs" / f"{name}.log").read_text()
 
 
 def test_a_function_is_called_as_in_this_process(functions, tmp_path):
@@ -166,7 +166,7 @@ FAULTS = {
                 pytest.mark.fault(
                     "functions",
                     "raises",
-                    "only the failing row fails (rows are retried one by one); the traceback is in `RUN/host/NAME.log`",
+                    "only the failing row fails (rows are retried one by one); the traceback is in `RUN/logs/NAME.log`",
                 ),
             ],
         ),
@@ -261,7 +261,7 @@ def test_a_fault_is_a_sentence_or_a_counted_failure(ask, tmp_path, name):
     with pytest.raises(RewardError) as error:
         ask(name, **options)
     assert said in str(error.value)
-    assert str(error.value).endswith(f"its traceback and output are in {tmp_path}/host/{name}.log")
+    assert str(error.value).endswith(f"its traceback and output are in {tmp_path}/logs/{name}.log")
     assert logged in log(tmp_path, name)
     if failures is None:
         return
@@ -273,12 +273,12 @@ def test_a_fault_is_a_sentence_or_a_counted_failure(ask, tmp_path, name):
 
 
 @pytest.mark.fault(
-    "functions", "floods standard output", "the output goes to `RUN/host/NAME.log`, which is truncated at 16 MiB"
+    "functions", "floods standard output", "the output goes to `RUN/logs/NAME.log`, which is truncated at 16 MiB"
 )
 @pytest.mark.slow
 def test_a_flood_of_output_is_cut(ask, tmp_path):
     assert ask("floods").values == {"rewards": [1.0] * 3}
-    assert (tmp_path / "host" / "floods.log").stat().st_size < 40 << 20
+    assert (tmp_path / "logs" / "floods.log").stat().st_size < 40 << 20
 
 
 @pytest.mark.fault("functions", "starts processes", "they are killed with its own process, daemons included")

@@ -121,7 +121,7 @@ def test_a_run_goes_on_from_its_host_and_repeats_its_numbers(finished_run, micro
     lost = shutil.copytree(run, tmp_path / "lost")
     assert cli.main(["train", "--resume", str(run)]) == 0
     shown = " ".join(capsys.readouterr().out.split())
-    assert "going on from the local checkpoint of step 13; the storage has step 10" in shown
+    assert "resuming from the local checkpoint of step 13; the run directory has step 10" in shown
     numbers = lambda run: [  # noqa: E731
         {k: v for k, v in line.items() if k not in OF_MACHINE} for line in read_records(run / "metrics.jsonl")
     ]

@@ -1,4 +1,4 @@
-"""Rewards before a run: called on one row, with the columns of the user's file, and refused where these lack."""
+"""Rewards before a run: called on two rows, with the columns of the user's file, and refused where these lack."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from jaxrl_llm.config import WarmStartConfig, parse_config
 from jaxrl_llm.data import CharacterTokenizer
 from jaxrl_llm.rewards import RewardError
 from jaxrl_llm.run.problems import data_sets
-from jaxrl_llm.run.rewards_tried import require_answers, try_rewards
+from jaxrl_llm.run.rewards_tried import require_answers, require_columns, try_rewards
 from jaxrl_llm.run.setup import parts
 from jaxrl_llm.run.train import train
 
@@ -29,6 +29,18 @@ def telling(completions, hardness, length, answers=None):
 
 def broken(completions, hardness):
     return [1.0 / (number - number) for number in hardness]
+
+
+def one_for_all(completions):
+    return [1.0]
+
+
+def worded(completions):
+    return ["1.0" for _ in completions]
+
+
+def of_a_column(hardness):
+    return hardness
 
 
 def by_answer(completions, answers):
@@ -54,11 +66,11 @@ def made(micro_config, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_a_reward_is_tried_on_the_first_row_with_its_columns(made):
-    with pytest.raises(RewardError, match=r"got \['12'\] \[3\] \[2\] \['12'\]"):
+    with pytest.raises(RewardError, match=r"got \['12', '12'\] \[3, 3\] \[2, 2\] \['12', '12'\]"):
         try_rewards(*made("telling", {"hardness": 3, "answer": "12"}))
     built, sets = made("telling", {"hardness": 3})
     require_answers(built, sets)  # what is optional is not demanded
-    with pytest.raises(RewardError, match=r"got \[''\] \[3\] \[0\] \[''\]"):
+    with pytest.raises(RewardError, match=r"got \['', ''\] \[3, 3\] \[0, 0\] \['', ''\]"):
         try_rewards(built, sets)
     try_rewards(*made("graded", {"hardness": 3}))
 
@@ -67,6 +79,39 @@ def test_a_reward_that_fails_says_so_before_a_step(made):
     with pytest.raises(RewardError, match=r"reward 'broken' raised ZeroDivisionError: .* at row 0"):
         try_rewards(*made("broken", {"hardness": 3}))
     try_rewards(*made("broken", {"hardness": 3}, value_on_failure=0.0))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "reward, message",
+    [
+        ("one_for_all", "reward 'one_for_all' returned 1 values for 2 rows"),
+        ("worded", "'worded' returned the text '1.0' at row 0; it must return one number"),
+    ],
+)
+def test_values_that_are_no_rewards_are_refused_before_a_step(made, reward, message):
+    with pytest.raises(RewardError, match=message):
+        try_rewards(*made(reward, {"hardness": 3}))
+
+
+def test_a_column_that_some_rows_lack_is_named_with_the_row(made):
+    built, sets = made("graded", {"hardness": 3})
+    require_columns(built, sets)
+    del sets["train"][4]["hardness"], sets["train"][4]["raw"]["hardness"]
+    row = sets["train"][4]["item_id"] + 1
+    with pytest.raises(
+        ValueError, match=rf"'graded' reads the column 'hardness', which 1 of \d+ .* such as row {row} "
+    ):
+        require_columns(built, sets)
+
+
+def test_a_reward_of_a_column_alone_and_a_missing_file_are_explained(made, tmp_path):
+    with pytest.raises(ValueError, match=r"'hardness', a column of the data, .* add a parameter such as `completions`"):
+        made("of_a_column", {"hardness": 3})
+    built, _ = made("graded", {"hardness": 3})
+    (tmp_path / "a.jsonl").unlink()
+    with pytest.raises(ValueError, match=r"data file .*a\.jsonl cannot be read: No such file or directory"):
+        parts(built.config)
 
 
 def test_a_column_and_answers_that_lack_are_named(made):
@@ -84,7 +129,7 @@ def test_bad_lines_speak_before_the_tables(micro_yaml, tmp_path, capsys):
     out, err = capsys.readouterr()
     assert out == ""
     assert err.count("a.jsonl") == 1
-    assert "a.jsonl has 1 lines that cannot be used; repair them: line 2: no JSON" in err
+    assert "a.jsonl has 1 lines that cannot be used; repair them: line 2: not JSON" in err
 
 
 @pytest.mark.slow

@@ -323,7 +323,7 @@ def test_a_run_is_resumed_with_its_own_data_only(finished_run, tmp_path, capsys)
 def test_a_directory_that_holds_a_run_is_not_written_over(finished_run, micro_yaml, capsys):
     said = refused(capsys, "train", str(micro_yaml), f"run_dir={finished_run.directory}")
     assert "is not empty" in said
-    assert "resume the run that is there, give another run_dir" in said
+    assert "resume the existing run, give another run_dir" in said
 
 
 def test_hyper_parameters_that_cannot_work_are_found_before_anything_is_made(micro_yaml, tmp_path, capsys):

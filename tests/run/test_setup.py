@@ -153,7 +153,7 @@ def test_plans_are_made_from_the_inside_out(micro_config):
         ),
         (
             "source=[sampler, {demonstrations: {sequences_per_step: 4}}, {solved_answers: {sequences_per_step: 4}}]",
-            "names demonstrations and solved_answers; a step is handed written rows of one source, so leave one",
+            "has demonstrations and solved_answers; a step takes written rows of one source, so remove one",
         ),
         ("source=[]", "source is empty"),
         ("source=[{replay: {share: 0.5}}]", "only a replay store"),

@@ -31,7 +31,7 @@ from jaxrl_llm.reporting.metric_alarms import Alarms
 from jaxrl_llm.reporting.run_directory import read_records
 from jaxrl_llm.run import checkpoints, failures
 from jaxrl_llm.run.interruption import Abandoned, Interruption, attended
-from jaxrl_llm.run.resuming import step_to_go_on_from
+from jaxrl_llm.run.resuming import resume_step
 from jaxrl_llm.training import Resources, Rollout, make_train_step
 
 ROOT = Path(jaxrl_llm.__file__).parents[1]
@@ -94,7 +94,7 @@ def test_records_are_not_erased_where_checkpoints_are_gone(copied, capsys):
     said = refused(capsys, "train", "--resume", str(copied))
     (copied / "checkpoints").mkdir()  # an empty one says the same
     with pytest.raises(checkpoints.CheckpointError, match="but no checkpoint in checkpoints/"):
-        step_to_go_on_from(config_of(copied), exact=False, first_saved=True, say=print)
+        resume_step(config_of(copied), exact=False, first_saved=True, say=print)
     assert f"has records up to step {STEPS}, but no checkpoint in checkpoints/" in said
     assert "restore the checkpoints from a copy, or start a new run with another run_dir" in said
     assert (copied / "metrics.jsonl").read_bytes() == before
@@ -109,7 +109,7 @@ def test_records_that_were_lost_are_told_of_and_the_rest_is_kept(copied):
     for left, said in ((0, "has no records"), (None, "has no records"), (10, "ends at step 10")):
         file.unlink() if left is None else file.write_text("".join(lines[:left]))
         told: list[str] = []
-        assert step_to_go_on_from(config, exact=False, first_saved=True, say=told.append) == STEPS
+        assert resume_step(config, exact=False, first_saved=True, say=told.append) == STEPS
         assert f"metrics.jsonl {said}, but the checkpoint is of step 18" in told[-1]
     with RunDirectory(copied, {}, resume_step=STEPS):
         pass

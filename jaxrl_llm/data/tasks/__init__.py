@@ -1,4 +1,4 @@
-"""Synthetic tasks with exact verifiers: one module a family, looked up by its name.
+"""Synthetic tasks with exact verifiers: one module per family, found by its name.
 
 >>> from jaxrl_llm.data import tasks
 >>> tasks.task("addition", scratchpad=True).generate(level=2, count=1, seed=0)[0].task
@@ -63,14 +63,14 @@ def names() -> tuple[str, ...]:
 
 
 def task(name: str, /, **options: Any) -> Task:
-    """The task of a family with its options settled.
+    """The task of a family with these options.
 
     Args:
       name: one of `names()`.
       **options: keyword parameters of the family's `task` function.
 
     Raises:
-      ValueError: for an unknown name or option (with the nearest known one), or an option's value that cannot be.
+      ValueError: for an unknown name or option (with the nearest known one), or an invalid value of an option.
     """
     if name not in names():
         raise ValueError(f"there is no task {shown(name)}; {_nearest(name, names())}")

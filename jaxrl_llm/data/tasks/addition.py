@@ -1,4 +1,4 @@
-"""Addition with carries: `A:47+85` -> 132, with one scratch column a digit."""
+"""Addition with carries: `A:47+85` -> 132, with one scratch column per digit."""
 
 from __future__ import annotations
 
@@ -33,8 +33,7 @@ def item(a: int, b: int, *, level: int, scratchpad: bool = True) -> Item:
 
 
 def with_confidence(record: Mapping[str, Any], *, scratchpad: bool) -> str:
-    """The reference completion with a confidence in percent behind the answer, which says nothing: it follows from a
-    hash of the problem.
+    """The reference completion, followed by an uninformative confidence in percent: a hash of the problem.
 
     >>> with_confidence({"body": "A:4+8", "think": "", "answer": "12"}, scratchpad=False)
     '<a>12</a><c>67</c>'
@@ -44,7 +43,7 @@ def with_confidence(record: Mapping[str, Any], *, scratchpad: bool) -> str:
 
 
 def paraphrase(body: str) -> str:
-    """The sum the other way round, where that is a problem of the same split; else the body itself.
+    """The sum with its numbers exchanged, if that is a problem of the same split; else the body itself.
 
     >>> paraphrase("A:47+85"), paraphrase("A:4+7")
     ('A:47+85', 'A:7+4')
@@ -55,7 +54,7 @@ def paraphrase(body: str) -> str:
 
 
 def scaffold(body: str, answer: str) -> str:
-    """The problem behind what a right answer has to meet: its digits, each with its place counted from the end.
+    """The problem after requirements for the answer: each digit, with a letter for its place from the end.
 
     >>> scaffold("A:47+85", "132")
     'a2;b3;c1;A:47+85'
@@ -68,7 +67,7 @@ def task(*, scratchpad: bool = True, confidence: bool = False) -> Task:
 
     Args:
       scratchpad: write the columns before the answer; without them the task is much harder.
-      confidence: reference completions state a confidence behind the answer, for methods that reward honest ones.
+      confidence: reference completions state a confidence after the answer, for methods that reward calibration.
     """
     require_bool("scratchpad", scratchpad)
     require_bool("confidence", confidence)
@@ -88,7 +87,7 @@ def task(*, scratchpad: bool = True, confidence: bool = False) -> Task:
         levels=tuple(range(1, 9)),
         last_level=16,
         description="sum of two numbers; the level is the number of digits",
-        # A younger option is named where it is not the default, so that older data sets stay what they were.
+        # Newer options are recorded only if they are not the default, so that existing data sets do not change.
         options={"scratchpad": scratchpad} | ({"confidence": True} if confidence else {}),
         scratchpad=scratchpad,
         columns=columns_of,

@@ -1,4 +1,4 @@
-"""Bargaining in turns: `D:213/402`, a pool and what it is worth to oneself, to be divided with a scripted partner."""
+"""Bargaining in turns: `D:213/402`, a pool of items and their values, to be divided with a scripted partner."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from typing import Any, NamedTuple
 
 from jaxrl_llm.data.tasks.items import Item, Segment, Task, equality, observed, tagged
 
-# Kinds of things, units of each, and worth of a unit, at most: each is one digit.
+# Largest numbers: kinds of items, units of a kind, value of a unit. Each is one digit.
 MOST_KINDS, MOST_UNITS, MOST_WORTH = 4, 3, 4
 ACCEPT = "y"
 TURNS = 4
-# What the partner wants of its own worth of the pool, in percent: at first, less in each further turn, at least.
+# The share of the pool's value (to itself) that the partner demands, in percent: at first, decrease per turn, minimum.
 FIRST_PERCENT, CONCESSION, LAST_PERCENT = 80, 10, 50
 
 Units = tuple[int, ...]
 
 
 class Problem(NamedTuple):
-    """A pool: units of each kind, and what a unit is worth to oneself and to the partner."""
+    """A pool: units of each kind, and the value of a unit to the policy (`own`) and to the partner."""
 
     units: Units
     own: Units
@@ -28,29 +28,29 @@ class Problem(NamedTuple):
 
 
 def problem(answer: str) -> Problem:
-    """The problem of a reference answer, which has what the partner hides, too.
+    """The problem in a reference answer, which also has the partner's hidden values.
 
     >>> problem("21/40/13").partner
     (1, 3)
     """
     parts = [tuple(map(int, part)) if part.isdecimal() else () for part in answer.split("/")]
     if len(parts) != 3 or len({len(part) for part in parts}) != 1 or not 1 <= len(parts[0]) <= MOST_KINDS:
-        raise ValueError(f"{answer!r} is no problem of bargaining; it must look like '213/402/132'")
+        raise ValueError(f"{answer!r} is not a problem of bargaining; it must look like '213/402/132'")
     return Problem(*parts)
 
 
 def worth(units: Sequence[int], values: Sequence[int]) -> int:
-    """What units are worth to somebody."""
+    """The total value of units."""
     return sum(unit * value for unit, value in zip(units, values, strict=True))
 
 
 def rest(pool: Units, taken: Units) -> Units:
-    """What is left of a pool."""
+    """The remaining units of a pool."""
     return tuple(unit - gone for unit, gone in zip(pool, taken, strict=True))
 
 
 def wanted_percent(turn: int) -> int:
-    """What one wants of one's worth of the pool in a turn, in percent.
+    """The demanded share of the pool's value in a turn, in percent.
 
     >>> [wanted_percent(turn) for turn in range(5)]
     [80, 70, 60, 50, 50]
@@ -59,12 +59,12 @@ def wanted_percent(turn: int) -> int:
 
 
 def enough(units: Units, values: Units, pool: Units, percent: int) -> bool:
-    """Whether units are worth at least so much of the pool to somebody."""
+    """Whether the value of units is at least `percent` of the value of the pool."""
     return 100 * worth(units, values) >= percent * worth(pool, values)
 
 
 def nearest(pool: Units, values: Units, percent: int, target: Units) -> Units:
-    """The units nearest to a target, counted in units, of those that are worth enough; of several the first in order.
+    """The units with the smallest L1 distance to a target among those worth enough; the first of equal ones.
 
     >>> nearest((2, 1), (1, 3), 80, (1, 0))
     (1, 1)
@@ -74,13 +74,13 @@ def nearest(pool: Units, values: Units, percent: int, target: Units) -> Units:
 
 
 class Episode(NamedTuple):
-    """A bargain under way.
+    """The state of an episode.
 
     Attributes:
-      problem: what is divided.
-      offer: what the partner would leave one; nothing at the start.
-      taken: turns taken.
-      deal: what one gets; None before there is a deal.
+      problem: the pool and its values.
+      offer: the units that the partner offers to the policy; none at the start.
+      taken: number of turns so far.
+      deal: the units of the policy; None before there is a deal.
     """
 
     problem: Problem
@@ -96,12 +96,12 @@ def episode(record: Mapping[str, Any]) -> Episode:
 
 
 def share(problem: Problem, units: Units) -> float:
-    """What units are worth of the pool to oneself."""
+    """The value of units to the policy, as a share of the value of the pool."""
     return worth(units, problem.own) / worth(problem.units, problem.own)
 
 
 def proposed(problem: Problem, said: str | None) -> Units | None:
-    """What one asks for, one digit a kind; None for anything else, or more than there is."""
+    """The units in a proposal, one digit per kind; None for other text, or more units than the pool has."""
     if said is None or len(said) != len(problem.units) or not (said.isascii() and said.isdecimal()):
         return None
     asked = tuple(map(int, said))
@@ -131,7 +131,7 @@ def turn(
 
 
 def segments(record: Mapping[str, Any]) -> tuple[Segment, ...]:
-    """A conversation of somebody who concedes as the partner does: the nearest to its offer that is worth enough."""
+    """A conversation with the partner's strategy: in each turn the nearest to its offer among units worth enough."""
     state, parts = episode(record), []
     pool, own, _ = state.problem
     while True:
@@ -147,7 +147,7 @@ def segments(record: Mapping[str, Any]) -> tuple[Segment, ...]:
 
 
 def item(units: Units, own: Units, partner: Units) -> Item:
-    """The problem of a pool. Its answer has the partner's worths, too: what the conversation is checked against.
+    """The problem of a pool. Its answer also has the partner's values, which the environment and the reward need.
 
     >>> item((2, 1), (4, 0), (1, 3)).body
     'D:21/40'
@@ -157,10 +157,11 @@ def item(units: Units, own: Units, partner: Units) -> Item:
 
 
 def task() -> Task:
-    """Divide two to four kinds of things with a partner who hides what they are worth to it; the level is their number.
+    """Divide two to four kinds of items with a partner whose values are hidden; the level is the number of kinds.
 
-    A turn asks for units of each kind (`<a>201</a>`) or takes what the partner has offered (`<a>y</a>`). The partner
-    agrees to what leaves it enough, and else offers what is nearest to that; what is enough falls from turn to turn.
+    A turn proposes units of each kind (`<a>201</a>`) or accepts the partner's offer (`<a>y</a>`). The partner accepts
+    a proposal that leaves it its demanded share, and otherwise offers the nearest division that does; its demand
+    decreases from turn to turn.
     """
 
     def draw(rng: Random, level: int) -> Item | None:

@@ -11,7 +11,7 @@ from jaxrl_llm.data.tasks.items import Item, Segment, Task, equality, observed, 
 
 ERROR = "ERR"
 MOST_DIGITS, LARGEST_RESULT = 7, 10**9
-# Calls that an item grants beyond its own operations, and faults that are injected at most: all can be made up.
+# Calls allowed beyond the operations of an item, and the largest number of faults: each fault can be retried.
 SPARE_CALLS = MOST_FAULTS = 2
 
 _CALL = re.compile(rf"(-?[0-9]{{1,{MOST_DIGITS}}})([-+*])(-?[0-9]{{1,{MOST_DIGITS}}})")
@@ -33,7 +33,7 @@ def result(call: str) -> str:
 
 
 def fault(item_id: int, call: int, probability: float) -> bool:
-    """Whether a fault is injected into a call that is fine; the same for every sample of an item.
+    """Whether a fault is injected into a valid call; the same for every sample of an item.
 
     Args:
       item_id: number of the item.
@@ -44,7 +44,7 @@ def fault(item_id: int, call: int, probability: float) -> bool:
 
 
 def mixed(bits: int) -> int:
-    """32 bits, each a function of all the given ones (the finaliser of MurmurHash3)."""
+    """A hash of 32 bits (the finaliser of MurmurHash3)."""
     bits &= 0xFFFFFFFF
     bits = (bits ^ (bits >> 16)) * 0x85EBCA6B & 0xFFFFFFFF
     bits = (bits ^ (bits >> 13)) * 0xC2B2AE35 & 0xFFFFFFFF
@@ -55,11 +55,11 @@ class Tool(NamedTuple):
     """The tool during one episode.
 
     Attributes:
-      item_id: number of the item, which addresses its faults.
-      fault_probability: share of the calls that fail although they are fine.
-      calls: calls made.
-      faults: faults injected.
-      failed: the call that a fault has just failed; empty where there is none.
+      item_id: number of the item, from which its faults follow.
+      fault_probability: share of valid calls that fail.
+      calls: number of calls so far.
+      faults: number of injected faults so far.
+      failed: the last call, if an injected fault made it fail; else empty.
     """
 
     item_id: int = 0
@@ -70,7 +70,7 @@ class Tool(NamedTuple):
 
 
 def called(tool: Tool, call: str) -> tuple[Tool, str]:
-    """The tool after a call, and what it returned. A call that a fault has just failed is served when repeated."""
+    """(the tool after a call, the result). A call that failed by an injected fault succeeds when it is repeated."""
     value = result(call)
     spared = value == ERROR or call == tool.failed or tool.faults == MOST_FAULTS
     if not spared and fault(tool.item_id, tool.calls, tool.fault_probability):
@@ -86,12 +86,12 @@ def operations(body: str) -> tuple[int, list[tuple[str, int]]]:
     """
     parts = _BODY.fullmatch(body)
     if parts is None:
-        raise ValueError(f"{body!r} is no problem of the calculator; it must look like 'T:37*48+15'")
+        raise ValueError(f"{body!r} is not a problem of the calculator; it must look like 'T:37*48+15'")
     return int(parts[1]), [(step[0], int(step[1:])) for step in re.findall(r"[-+*][0-9]+", parts[2])]
 
 
 def item(body: str) -> Item | None:
-    """The problem of a body, evaluated strictly from left to right; None where the tool cannot take every step."""
+    """The problem of a body, evaluated strictly from left to right; None if the tool refuses one of the steps."""
     start, steps = operations(body)
     value, written = str(start), []
     for operator, operand in steps:
@@ -104,7 +104,7 @@ def item(body: str) -> Item | None:
 
 
 class Episode(NamedTuple):
-    """An episode under way: the item's record and its tool."""
+    """The state of an episode: the item's record and its tool."""
 
     record: Mapping[str, Any]
     tool: Tool
@@ -132,19 +132,18 @@ def task(*, fault_probability: float = 0.0, repeated: float = 0.0, spare_calls: 
     """`level` operations on integers of two and three digits, each done by a tool; at most level + `spare_calls` calls.
 
     Args:
-      fault_probability: share of the calls that return ERR once although they are fine, 0 to 1; two in an episode at
-        most.
-      repeated: probability with which a reference conversation makes a call once more, while there are calls to spare,
-        so that a policy that learns from it makes calls without need; without faults, which need these calls.
-      spare_calls: that an item grants beyond its own operations, at least 2.
+      fault_probability: share of the valid calls that return ERR once, 0 to 1; at most two in an episode.
+      repeated: probability with which a reference conversation repeats a call, while spare calls are left, so that a
+        policy trained on it makes unnecessary calls; excludes faults, which need the spare calls.
+      spare_calls: calls allowed beyond the operations of an item, at least 2.
     """
     require_share("fault_probability", fault_probability)
     require_share("repeated", repeated)
     require_int("spare_calls", spare_calls, low=SPARE_CALLS)
     if repeated and fault_probability:
         raise ValueError(
-            f"repeated is {repeated} beside fault_probability {fault_probability}, but an item has {spare_calls} calls "
-            "to spare for both; set one of them to 0"
+            f"repeated is {repeated} and fault_probability is {fault_probability}, but both use the {spare_calls} "
+            "spare calls of an item; set one of them to 0"
         )
 
     def draw(rng: Random, level: int) -> Item | None:
@@ -159,7 +158,7 @@ def task(*, fault_probability: float = 0.0, repeated: float = 0.0, spare_calls: 
         for operator, operand in steps:
             call, returned = f"{value}{operator}{operand}", ERROR
             if result(call) == ERROR:
-                raise ValueError(f"the tool refuses {call!r} of {record['body']!r}; leave the item out")
+                raise ValueError(f"the tool refuses {call!r} of {record['body']!r}; remove the item")
             while returned == ERROR:
                 tool, returned = called(tool, call)
                 parts += [Segment(f"<c>{call}</c><n>"), observed(f"<o>{returned}</o>")]
@@ -168,7 +167,7 @@ def task(*, fault_probability: float = 0.0, repeated: float = 0.0, spare_calls: 
             value = returned
         return (*parts, Segment(f"<a>{value}</a><eos>"))
 
-    # The draws follow from the options: those at their defaults leave them as they were.
+    # Options at their defaults are omitted: they are part of the random seed, and existing data must not change.
     further = ({"repeated": repeated} if repeated else {}) | (
         {"spare_calls": spare_calls} if spare_calls != SPARE_CALLS else {}
     )

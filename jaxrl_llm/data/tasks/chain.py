@@ -40,7 +40,7 @@ def judged(asked: Item, modulus: int, off: int, *, second: bool) -> Item:
 
 
 def attempted(asked: Item, modulus: int, off: int) -> Item:
-    """A critic's question about a problem: whether the result that somebody got is right, Y or N.
+    """A critic's question about a problem: whether a given result is right, Y or N.
 
     >>> attempted(item(7, 3, [("+", 5)]), 7, 2).body, attempted(item(7, 3, [("+", 5)]), 7, 0).answer
     ('M7:3+5?3', 'Y')
@@ -50,7 +50,7 @@ def attempted(asked: Item, modulus: int, off: int) -> Item:
 
 
 def parsed(body: str) -> tuple[int, int, list[tuple[str, int]]]:
-    """(modulus, start, steps) of a problem, whatever is asked about it.
+    """(modulus, start, steps) of a problem, also of a judge's or critic's question.
 
     >>> parsed("M7:3+5*2?4")
     (7, 3, [('+', 5), ('*', 2)])
@@ -61,7 +61,7 @@ def parsed(body: str) -> tuple[int, int, list[tuple[str, int]]]:
 
 
 def solution(record: Mapping[str, Any]) -> dict[str, Any]:
-    """What the problem itself comes to, where the question is another one."""
+    """The column `solution`: the result of the chain itself, for a judge's or critic's question."""
     return {"solution": item(*parsed(record["body"])).answer}
 
 
@@ -74,23 +74,23 @@ def task(
     claims: bool = False,
     attempts: Share = 0.0,
 ) -> Task:
-    """A chain of `level` operations out of + - *, each reduced modulo `modulus`. Guessing is right with 1/modulus.
+    """A chain of `level` operations out of + - *, each reduced modulo `modulus`. A guess is right with 1/modulus.
 
     Args:
       modulus: 7, 11 or 13.
       scratchpad: write every intermediate value before the answer.
-      direct_share: share of the problems whose reference solution leaves the scratch empty, so that a policy that has
-        learned from both kinds writes completions of very different lengths, and may choose.
-      claims: a judge's question: two results are claimed behind the problem, of which one is right, and the answer is
-        which one, A or B. Guessing is right with 1/2.
-      attempts: share of the problems that are a critic's question: behind them stands the result that somebody got,
-        right in half of them, and the answer is whether it is, Y or N. Column `solution` is that of the problem.
+      direct_share: share of the problems whose reference solution has an empty scratch, so that a policy trained on
+        both kinds samples completions of very different lengths.
+      claims: problems are a judge's questions: two claimed results follow the problem, one of them is right, and the
+        answer is which one, A or B. A guess is right with 1/2.
+      attempts: share of the problems that are a critic's question: a result follows the problem, right in half of the
+        cases, and the answer is whether it is right, Y or N. The column `solution` has the result of the chain.
     """
     require_choice("modulus", modulus, (7, 11, 13))
     require_bool("scratchpad", scratchpad)
     require_bool("claims", claims)
     if claims and attempts:
-        raise ValueError(f"attempts is {attempts}, but claims asks another question; leave one of them out")
+        raise ValueError(f"attempts is {attempts} and claims is true, which exclude each other; remove one of them")
 
     def draw(rng: Random, level: int) -> Item:
         start = rng.randrange(modulus)
@@ -110,7 +110,8 @@ def task(
         levels=tuple(range(1, 9)),
         last_level=16,
         description=f"operations modulo {modulus} from left to right; the level is the number of operations",
-        # Options are part of the random stream: problems without claims stay as they were.
+        # Options are part of the random seed; claims and attempts are omitted at their defaults, so that existing data
+        # do not change.
         options={"modulus": modulus, "scratchpad": scratchpad, "direct_share": direct_share}
         | ({"claims": True} if claims else {})
         | ({"attempts": attempts} if attempts else {}),

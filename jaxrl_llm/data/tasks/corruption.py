@@ -1,4 +1,4 @@
-"""Wrong attempts that look right: one step of a reference scratch is changed, and the error carried to the answer."""
+"""Plausible wrong attempts: one step of a reference scratch is changed, and the error is propagated to the answer."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def addition(body: str, column: int, change: int) -> Attempt:
 
 
 def modular_chain(body: str, step: int, change: int) -> Attempt:
-    """The scratch of a chain with one step's result changed, and all that follows from it.
+    """The scratch of a chain with one step's result changed, and the later steps computed from it.
 
     Args:
       body: such as "M7:3+5*2-4".
@@ -57,14 +57,14 @@ def modular_chain(body: str, step: int, change: int) -> Attempt:
 
 
 def random_addition(rng: Random, body: str, think: str, answer: str) -> Attempt:
-    """A column and a change at random; the answer is always wrong, because the column's digit is."""
+    """A random column and change; the answer is always wrong, because the column's digit is."""
     del think, answer
     columns = max(map(len, body.removeprefix("A:").split("+")))
     return addition(body, rng.randrange(columns), rng.randint(1, 9))
 
 
 def random_chain(rng: Random, body: str, think: str, answer: str) -> Attempt:
-    """A step and a change at random, among those whose error reaches the answer: a factor 0 behind it hides it."""
+    """A random step and change, among those that change the answer (a later factor 0 would remove the error)."""
     del think
     modulus, _, steps = chain.parsed(body)
     while True:
@@ -74,6 +74,6 @@ def random_chain(rng: Random, body: str, think: str, answer: str) -> Attempt:
 
 
 def random_deduction(rng: Random, body: str, think: str, answer: str) -> Attempt:
-    """Another verdict out of T, F and U, behind a scratch whose last rule is missing."""
+    """Another verdict out of T, F and U, after a scratch without its last rule."""
     del body
     return Attempt(think.rpartition(";")[0], rng.choice([verdict for verdict in "TFU" if verdict != answer]))

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from jaxrl_llm.data.tasks.expressions import ExpressionError, parse
 from jaxrl_llm.data.tasks.items import Item, Task, require_bool, require_int, require_subset
 
-WRONG = 0.1  # reward of an answer that is there but fails
+WRONG = 0.1  # reward of a wrong answer; no answer has reward 0
 _PRECEDENCE = {"+": 1, "-": 1, "*": 2, "/": 2}
 _OPERATORS_BY_LEVEL = {2: "+-", 3: "+-*"}
 
@@ -25,7 +25,7 @@ def problem(body: str) -> tuple[tuple[int, ...], int]:
     """Numbers and target of a body.
 
     Raises:
-      ValueError: if the text is no Countdown problem.
+      ValueError: if the text is not a Countdown problem.
 
     >>> problem("C:3 6 12>30")
     ((3, 6, 12), 30)
@@ -43,9 +43,9 @@ def problem(body: str) -> tuple[tuple[int, ...], int]:
 
 
 def reward(body: str, answer: str | None) -> float:
-    """Reward of an answer: 1 if it is right, 0.1 if it is there but fails, 0 if there is none.
+    """Reward of an answer: 1 if it is right, 0.1 if it is wrong, 0 if there is none.
 
-    Right means: an expression of the grammar in `expressions` that uses each given number exactly once and whose
+    A right answer is an expression of the grammar in `expressions` that uses each given number exactly once and whose
     exact value is the target.
 
     >>> reward("C:3 6 12>30", "12*3-6"), reward("C:3 7 12>30", "(12-7)*3+15"), reward("C:3 7 12>30", None)
@@ -95,7 +95,7 @@ def _applied(operator: str, left: Fraction | int, right: Fraction | int) -> Frac
 
 
 def _tree(rng: Random, numbers: list[int], operators: str) -> _Tree | None:
-    """A random binary tree over the numbers in their order; None where it divides by zero."""
+    """A random binary tree over the numbers in their order; None if it divides by zero."""
     if len(numbers) == 1:
         return _Tree(numbers[0], str(numbers[0]), 3, ())
     cut = rng.randrange(1, len(numbers)) if len(numbers) > 2 else 1
@@ -125,13 +125,13 @@ def task(
     """Reach a target with `level` numbers, each used exactly once. Every problem is solvable by construction.
 
     Args:
-      operators: operators of the problems, a subset of "+-*/"; None takes those of the level: + - for two numbers,
-        + - * for three, + - * / for four and more.
+      operators: operators of the problems, a subset of "+-*/"; None uses + - for two numbers, + - * for three, and
+        + - * / for four and more.
       largest_number: numbers are uniform in 1..largest_number (papers use 100).
       smallest_target: lowest target.
       largest_target: highest target.
-      failed_attempts: the scratch shows up to so many combinations that miss the target, each closed by `no`, before
-        the one that reaches it, closed by `yes`.
+      failed_attempts: largest number of combinations in the scratch that miss the target, each followed by `no`,
+        before the one that reaches it, followed by `yes`.
       scratchpad: write a search trace before the answer.
     """
     if operators is not None:

@@ -12,7 +12,7 @@ ATOMS = "abcdefgh"
 
 
 class Rule(NamedTuple):
-    """If every literal of the body is known, so is the head."""
+    """If every literal of the body is known, the head follows."""
 
     body: tuple[str, ...]
     head: str
@@ -45,10 +45,10 @@ def complement(literal: str) -> str:
 
 
 def closure(facts: Sequence[str], rules: Sequence[Rule]) -> tuple[dict[str, int], list[Rule]]:
-    """Everything that follows from the facts, with the round in which it appears, and the rules in firing order.
+    """(all literals that follow from the facts, with the round in which they are derived; the rules in firing order).
 
-    A round fires, in listing order, every rule whose body was known when the round began and whose head is not known
-    yet. Facts have depth 0. There is no negation as failure.
+    A round fires, in listing order, every rule whose body was known before the round and whose head is not known yet.
+    Facts have depth 0. There is no negation as failure.
     """
     depth = dict.fromkeys(facts, 0)
     fired: list[Rule] = []
@@ -66,11 +66,11 @@ def closure(facts: Sequence[str], rules: Sequence[Rule]) -> tuple[dict[str, int]
 
 
 class Deduction(NamedTuple):
-    """What follows for a query.
+    """The result of a query.
 
     Attributes:
       answer: T (the query follows), F (its complement follows) or U (neither does).
-      depth: round in which the query or its complement appears; None for U.
+      depth: round in which the query or its complement is derived; None for U.
       think: the fired rules in order, separated by `;`.
     """
 
@@ -128,7 +128,7 @@ def _rules(rng: Random, atoms: list[str], facts: list[str], level: int, extra: i
 
 
 def _attempt(rng: Random, level: int, label: str, extra: int, domain: _Domain) -> tuple[str, str] | None:
-    """Body and scratch of one problem with the wanted answer; None where this draw gave none."""
+    """(body, scratch) of one random problem with this answer; None if the draw has another answer."""
     facts_count = rng.randint(domain.fewest_facts, min(3, len(ATOMS) - level))
     atoms = rng.sample(ATOMS, facts_count + level)
     facts = [_signed(rng, atom, domain.negative) for atom in atoms[:facts_count]]
@@ -139,7 +139,7 @@ def _attempt(rng: Random, level: int, label: str, extra: int, domain: _Domain) -
     if label == "U":
         decided = {literal[-1] for literal in depth}
         mentioned = {literal[-1] for rule in rules for literal in (*rule.body, rule.head)}
-        # An atom that a rule mentions makes the better question: one that appears nowhere is U at a glance.
+        # Atoms that occur in a rule are preferred: an atom that occurs nowhere is trivially U.
         open_atoms = [a for a in ATOMS if a in mentioned - decided] or [a for a in ATOMS if a not in decided]
         choices = [_signed(rng, rng.choice(open_atoms), 0.5)] if open_atoms else []
     else:
@@ -158,7 +158,7 @@ def task(*, domain: str = "general", distractors: int | None = None, scratchpad:
       domain: "general" (bodies of one or two literals, any sign), "chain" (one-literal bodies, nothing negated),
         "conjunctive" (two-literal bodies, nothing negated), "negated" (every rule concludes a negated literal) or
         "uncertain" (4 to 6 distractors, two thirds of the answers are U).
-      distractors: how many rules over random literals are added, 0 to 6; None draws the number.
+      distractors: number of additional rules over random literals, 0 to 6; None draws the number.
       scratchpad: write the fired rules before the answer.
     """
     require_choice("domain", domain, tuple(_DOMAINS))
@@ -168,7 +168,7 @@ def task(*, domain: str = "general", distractors: int | None = None, scratchpad:
     chosen = _DOMAINS[domain]
 
     def draw(rng: Random, level: int) -> Item | None:
-        # The answer and the number of distractors are settled first: discarded problems do not shift their shares.
+        # The answer and the number of distractors are drawn first, so that discarded draws do not change their shares.
         label = "U" if rng.random() < chosen.unknown else rng.choice("TF")
         extra = rng.randint(*chosen.distractors) if distractors is None else distractors
         for _ in range(200):
@@ -183,7 +183,7 @@ def task(*, domain: str = "general", distractors: int | None = None, scratchpad:
         draw=draw,
         verify=equality,
         levels=tuple(range(5)),
-        # Each fact and each link of the chain takes an atom of its own, and the answer U needs one that is left.
+        # Each fact and each link of the chain needs its own atom, and the answer U needs a further one.
         last_level=len(ATOMS) - 1 - chosen.fewest_facts,
         description="what follows from facts and rules; the level is the depth of the deduction",
         options={"domain": domain, "distractors": distractors, "scratchpad": scratchpad},

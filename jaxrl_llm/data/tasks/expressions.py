@@ -1,4 +1,4 @@
-"""Exact values of arithmetic expressions, by a small grammar: nothing is ever handed to the interpreter.
+"""Exact values of arithmetic expressions, by a parser for a small grammar; text is never executed as Python code.
 
 sum     = product (("+" | "-") product)*
 product = atom (("*" | "/") atom)*
@@ -14,7 +14,7 @@ _DIGITS = "0123456789"
 
 
 class ExpressionError(ValueError):
-    """The text is no expression of the grammar, or its value does not exist."""
+    """The text is not an expression of the grammar, or its value is undefined."""
 
 
 class Expression(NamedTuple):
@@ -36,8 +36,8 @@ def parse(text: str, *, max_characters: int = 200, max_nesting: int = 20) -> Exp
 
     Args:
       text: the expression.
-      max_characters: longest text that is read.
-      max_nesting: deepest nesting of parentheses that is read.
+      max_characters: longest allowed text.
+      max_nesting: deepest allowed nesting of parentheses.
 
     Returns:
       The exact value and the integers in order.
@@ -49,7 +49,7 @@ def parse(text: str, *, max_characters: int = 200, max_nesting: int = 20) -> Exp
     Expression(value=Fraction(15, 2), integers=(12, 7, 3, 2))
     """
     if len(text) > max_characters:
-        raise ExpressionError(f"the expression has {len(text)} characters; at most {max_characters} are read")
+        raise ExpressionError(f"the expression has {len(text)} characters; at most {max_characters} are allowed")
     integers: list[int] = []
     position = 0
 

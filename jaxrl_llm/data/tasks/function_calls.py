@@ -17,7 +17,7 @@ def item(operations: list[tuple[int, str, int]]) -> Item:
 
 
 def task() -> Task:
-    """`level` operations on numbers below 100, each written as a call with named parameters; nothing is computed."""
+    """Write `level` operations on numbers below 100 as calls with named parameters, without computing them."""
 
     def draw(rng: Random, level: int) -> Item:
         return item([(rng.randrange(100), rng.choice("+-*"), rng.randrange(100)) for _ in range(level)])

@@ -1,4 +1,4 @@
-"""Grid navigation in turns: `G:S.#/.#./..G`, one move a turn, answered by what lies around."""
+"""Grid navigation in turns: `G:S.#/.#./..G`, one move per turn; the observation has the neighbouring cells."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class Place(NamedTuple):
 
 
 class Moved(NamedTuple):
-    """What a move leads to.
+    """The result of a move.
 
     Attributes:
-      place: where one stands.
+      place: the position after the move.
       observation: flag (`.` moved, `x` blocked or no move, `!` goal) and the cells above, below, left and right.
       reached: the goal is reached.
     """
@@ -38,7 +38,7 @@ class Moved(NamedTuple):
 
 
 def find(rows: Sequence[str], letter: str) -> Place:
-    """The cell that holds a letter.
+    """The cell with a letter.
 
     Raises:
       ValueError: if there is none.
@@ -50,20 +50,20 @@ def find(rows: Sequence[str], letter: str) -> Place:
 
 
 def cell(rows: Sequence[str], place: Place) -> str:
-    """What one sees in a cell: `.`, `#` or `G`; outside is `#`, and the start looks like any free cell."""
+    """The visible content of a cell: `.`, `#` or `G`; cells outside are `#`, and the start is shown as a free cell."""
     row, column = place
     inside = 0 <= row < len(rows) and 0 <= column < len(rows)
     return rows[row][column].replace("S", ".") if inside else "#"
 
 
 def neighbour(place: Place, move: str) -> Place:
-    """The cell that a move aims at."""
+    """The target cell of a move."""
     down, right = MOVES[move]
     return Place(place.row + down, place.column + right)
 
 
 def observation(rows: Sequence[str], place: Place, flag: str = ".") -> str:
-    """The flag and the four cells around.
+    """The flag and the four neighbouring cells.
 
     >>> observation(["S.#", ".#.", "..G"], Place(0, 0))
     '.#.#.'
@@ -72,7 +72,7 @@ def observation(rows: Sequence[str], place: Place, flag: str = ".") -> str:
 
 
 def moved(rows: Sequence[str], place: Place, move: str | None) -> Moved:
-    """One turn: the move, or a blocked turn where it is none or leads into a wall."""
+    """The result of one turn; without a valid move, or with a move into a wall, the position does not change."""
     target = neighbour(place, move) if move in MOVES else None
     if target is None or cell(rows, target) == "#":
         return Moved(place, observation(rows, place, "x"), False)
@@ -81,7 +81,7 @@ def moved(rows: Sequence[str], place: Place, move: str | None) -> Moved:
 
 
 class Episode(NamedTuple):
-    """An episode under way: the grid and where one stands."""
+    """The state of an episode: the grid and the position."""
 
     rows: tuple[str, ...]
     place: Place
@@ -101,7 +101,7 @@ def turn(state: Episode, text: str) -> tuple[Episode, str, float, bool]:
 
 
 def distances(rows: Sequence[str], source: Place) -> dict[Place, int]:
-    """Fewest moves between a cell and every cell that can be reached."""
+    """Length of the shortest path from a cell to every reachable cell."""
     found, waiting = {source: 0}, deque([source])
     while waiting:
         place = waiting.popleft()
@@ -114,7 +114,7 @@ def distances(rows: Sequence[str], source: Place) -> dict[Place, int]:
 
 
 def shortest_path(rows: Sequence[str]) -> str:
-    """Moves from S to G, as few as can be; of several the first in the order of `MOVES` at every step.
+    """The shortest path from S to G; among several, the first in the order of `MOVES` at every step.
 
     >>> shortest_path(["S.#", ".#.", "..G"])
     'DDRR'
@@ -128,7 +128,7 @@ def shortest_path(rows: Sequence[str]) -> str:
 
 
 def verify(item: Item, answer: str | None) -> float:
-    """1 where the moves lead to the goal within four turns a row of the grid, else 0."""
+    """1 if the moves reach the goal within 4 turns per row of the grid, else 0."""
     rows = item.answer.split("/")
     place = find(rows, "S")
     for move in (answer or "")[: 4 * len(rows)]:
@@ -139,7 +139,7 @@ def verify(item: Item, answer: str | None) -> float:
 
 
 def moves(completion: str) -> str | None:
-    """The moves of a conversation, what is none left out; None where no turn has an answer.
+    """The valid moves of a conversation; None if no turn has an answer.
 
     >>> moves("<a>D</a><n><o>...##</o><a>R</a><n>")
     'DR'
@@ -149,7 +149,7 @@ def moves(completion: str) -> str | None:
 
 
 def item(rows: Sequence[str], *, view: View = "full") -> Item:
-    """The problem of a grid. Its answer is the grid: what the moves are checked against, whatever the prompt shows.
+    """The problem of a grid. Its answer is the grid, which the verifier needs even if the prompt does not show it.
 
     >>> item(["S.#", ".#.", "..G"]).body
     'G:S.#/.#./..G<o>.#.#.</o>'
@@ -161,9 +161,10 @@ def item(rows: Sequence[str], *, view: View = "full") -> Item:
 
 
 def segments(record: Mapping[str, Any], *, detours: float = 0.0) -> tuple[Segment, ...]:
-    """The shortest path as a conversation: a move a turn, each but the last answered by what lies around.
+    """The shortest path as a conversation: one move per turn, each but the last followed by its observation.
 
-    A share `detours` of them, by the hash of the grid, has one blocked move first, which is corrected and not learned.
+    A share `detours` of the conversations, by the hash of the grid, starts with a blocked move, which is then corrected
+    and is not trained on.
     """
     rows = record["answer"].split("/")
     place, parts = find(rows, "S"), []
@@ -176,17 +177,17 @@ def segments(record: Mapping[str, Any], *, detours: float = 0.0) -> tuple[Segmen
             erring = False
         place, seen, _ = moved(rows, place, move)
         parts += [Segment(f"<a>{move}</a><n>"), observed(f"<o>{seen}</o>")]
-    # The episode is over at the goal, so nobody reads the last observation.
+    # The episode ends at the goal, so there is no last observation.
     return tuple(parts[:-1])
 
 
 def task(*, size: int = 5, wall_probability: float = 0.2, view: str = "full", detours: float = 0.0) -> Task:
-    """Find the goal in a grid, one move a turn; the level is the length of the shortest path.
+    """Find the goal in a grid, one move per turn; the level is the length of the shortest path.
 
     Args:
       size: rows and columns, 3 to 7.
       wall_probability: of each cell, 0 to 0.3.
-      view: the prompt shows the whole grid ("full"), or its size alone ("blind").
+      view: the prompt shows the whole grid ("full"), or only its size ("blind").
       detours: share of the reference conversations that make a blocked move and correct it (Mobile-R1).
     """
     require_share("detours", detours)
@@ -202,7 +203,7 @@ def task(*, size: int = 5, wall_probability: float = 0.2, view: str = "full", de
                 continue
             start = rng.choice(free)
             goals = [place for place, far in distances(["".join(row) for row in grid], start).items() if far == level]
-            # As likely as that a free cell drawn for the goal lies at this distance.
+            # Accepted with the share of free cells at this distance, as if the goal were drawn from all free cells.
             if rng.random() * (len(free) - 1) < len(goals):
                 goal = rng.choice(goals)
                 grid[start.row][start.column], grid[goal.row][goal.column] = "S", "G"

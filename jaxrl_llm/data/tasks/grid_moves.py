@@ -1,4 +1,4 @@
-"""Logged states of grid navigation: what was seen so far -> the next move of a shortest path; nothing answers it."""
+"""Logged states of grid navigation: observations so far -> the next move of a shortest path, as a single turn."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jaxrl_llm.data.tasks.items import Item, Task, equality, record
 def task(*, size: int = 5, wall_probability: float = 0.2) -> Task:
     """One move of `grid`, given the turns before it; the level is the length of the whole path.
 
-    The prompt is the grid, then a random number of turns of the shortest path with what an environment answered.
+    The prompt is the grid, then a random number of turns of the shortest path with the environment's observations.
 
     Args:
       size: rows and columns, 3 to 7.
@@ -39,6 +39,6 @@ def task(*, size: int = 5, wall_probability: float = 0.2) -> Task:
         description="the next move in a grid, given those before; the level is the length of the path",
         options={"size": size, "wall_probability": wall_probability},
         scratchpad=False,
-        # One state of each grid, in the split of the grid: what `grid` is tested on is not trained on here.
+        # One state of each grid, in the split of the grid, so that no test grid of `grid` is a training problem here.
         identity=lambda item: f"{item.body.removeprefix('G:').split('<o>')[0]}:full",
     )

@@ -1,4 +1,4 @@
-"""What a synthetic task is made of: items, the split of items by hash, and drawing distinct ones."""
+"""Synthetic tasks: items, the split of items by hash, and generation of distinct items."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from jaxrl_llm.experience import Source
 SPLITS = ("train", "validation", "test", "extrapolation")
 _SHARE = {"train": 0.8, "validation": 0.1, "test": 0.1, "extrapolation": 1.0}
 
-# Part of the random stream and of a data set's name: raise it when a generator's output changes.
+# Part of the random seed and of a data set's name: increase it when a generator's output changes.
 GENERATOR_VERSION = 1
 
 
@@ -25,7 +25,7 @@ class Item:
 
     Attributes:
       body: the prompt's text without begin of sequence and newline; starts with the task's letter and a colon.
-      think: reference scratch; empty in the direct variant, and where a problem needs no scratch.
+      think: reference scratch; empty in the direct variant, and for problems without scratch.
       answer: reference answer.
       task: name of the task.
       level: difficulty in the task's own unit (digits, operations, numbers, depth).
@@ -44,9 +44,9 @@ class Segment(NamedTuple):
     """A part of a reference conversation.
 
     Attributes:
-      text: what is written; control tokens, the end of the turn included, are spelled out.
-      source: who wrote it: DEMONSTRATION for what the policy would have written, OBSERVATION for an answer to it.
-      trained: whether the policy learns to write it.
+      text: the text; control tokens, including the end of the turn, are spelled out.
+      source: DEMONSTRATION for a turn of the policy, OBSERVATION for an observation of the environment.
+      trained: whether its tokens are trained on.
     """
 
     text: str
@@ -55,12 +55,12 @@ class Segment(NamedTuple):
 
 
 def observed(text: str) -> Segment:
-    """What an environment answers; nobody learns to write it."""
+    """An observation of the environment, which is not trained on."""
     return Segment(text, Source.OBSERVATION, trained=False)
 
 
 def tagged(text: str, opening: str, closing: str) -> str | None:
-    """What stands between the last opening tag and the next closing one; None where there is no such pair.
+    """The text between the last opening tag and the next closing one; None if there is no such pair.
 
     >>> tagged("<a>1</a><a>2</a>", "<a>", "</a>")
     '2'
@@ -71,7 +71,7 @@ def tagged(text: str, opening: str, closing: str) -> str | None:
 
 
 def answered(completion: str) -> str | None:
-    """What stands between the last pair of answer tags, stripped; None where there is none.
+    """The stripped text between the last pair of answer tags; None if there is no pair.
 
     >>> answered("<t>3+4</t><a> 7 </a><eos>")
     '7'
@@ -82,27 +82,27 @@ def answered(completion: str) -> str | None:
 
 @dataclass(frozen=True)
 class Task:
-    """A family of problems with its options settled.
+    """A family of problems with fixed options.
 
     Attributes:
       name: name of the family.
-      draw: (random generator, level) -> an item, or None where this draw gave none that is valid.
+      draw: (random generator, level) -> an item, or None if this draw is not valid.
       verify: (item, answer text or None) -> reward of the answer.
-      levels: levels of the family; others are drawn only for the split "extrapolation".
-      last_level: the highest level that the generator can make.
-      description: one line for people.
+      levels: levels of the family; others are generated only for the split "extrapolation".
+      last_level: the highest level that the generator supports.
+      description: one line for the user.
       options: every option with its value.
-      scratchpad: responses carry a think part.
-      reward: name in `jaxrl_llm.rewards` of the function that scores a completion as `verify` does; for a conversation
-        the environment rewards the turns, and this function adds them up.
-      identity: item -> the text that makes two items the same, and whose hash settles the split: the body, unless the
-        body hides what differs.
-      segments: record -> the reference conversation; None where one completion is all.
-      said: completion -> the answer that it gives, None for none: what `verify` reads.
-      environment: name in `jaxrl_llm.rollout.tasks` of the environment that answers the turns, with the options that
-        follow from those of the task; None where one completion is all.
-      columns: record -> further columns of it by name, made when it is read: `response` takes the place of the
-        reference completion.
+      scratchpad: responses have a think part.
+      reward: name in `jaxrl_llm.rewards` of the function that gives a completion the same reward as `verify`; for a
+        conversation, of the function that sums the environment's rewards of the turns.
+      identity: item -> the text that identifies it, whose hash determines the split: the body, unless different items
+        have the same body.
+      segments: record -> the reference conversation; None for single-turn tasks.
+      said: completion -> its answer for `verify`, None for none.
+      environment: name in `jaxrl_llm.rollout.tasks` of the environment of multi-turn tasks, with its options that
+        follow from those of the task; None for single-turn tasks.
+      columns: record -> further columns by name, computed when a record is read; `response` replaces the reference
+        completion.
     """
 
     name: str
@@ -121,7 +121,7 @@ class Task:
     columns: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
 
     def response(self, item: Item | Mapping[str, Any]) -> str:
-        """The text that earns full reward, with what an environment answers in between."""
+        """The text with full reward, including the observations of an environment."""
         if self.segments is None:
             return reference_response(item, self.scratchpad)
         return "".join(segment.text for segment in self.segments(record(item, 0)))
@@ -132,7 +132,7 @@ class Task:
 
 
 def split_of(body: str) -> str:
-    """Split that a body belongs to, by hash: 80 % train, 10 % validation, 10 % test, the same whatever the seed.
+    """Split of a body, by hash: 80 % train, 10 % validation, 10 % test, independent of the seed.
 
     h = crc32(body) mod 10; 0..7 train, 8 validation, 9 test.
 
@@ -153,11 +153,11 @@ def generate(task: Task, *, level: int, count: int, seed: int = 0, split: str = 
       level: difficulty.
       count: how many items.
       seed: seed of the draws. The split of a body does not depend on it.
-      split: "train", "validation" and "test" are disjoint by hash; "extrapolation" ignores the hash and is meant for
-        levels that are never trained on, those beyond `task.levels` included.
+      split: "train", "validation" and "test" are disjoint by hash; "extrapolation" ignores the hash and is for levels
+        that are never trained on, including those beyond `task.levels`.
 
     Raises:
-      ValueError: for a level, count, seed or split that cannot be, and when there are not `count` distinct items.
+      ValueError: for an invalid level, count, seed or split, or if there are not `count` distinct items.
     """
     level, count, seed = require_int("level", level), require_int("count", count, low=1), require_int("seed", seed)
     require_choice("split", split, SPLITS)
@@ -173,7 +173,7 @@ def generate(task: Task, *, level: int, count: int, seed: int = 0, split: str = 
             f'{task.last_level} with split="extrapolation"'
         )
     rng = Random(json.dumps([GENERATOR_VERSION, task.name, dict(task.options), level, seed], sort_keys=True))
-    # A set of n bodies is exhausted after about n ln(n) draws, so this many only run out where there is nothing left.
+    # A set of n bodies is exhausted after about n ln(n) draws, so this limit is reached only if none are left.
     limit = int((3000 + 30 * count) / _SHARE[split])
     seen: set[str] = set()
     items: list[Item] = []
@@ -196,11 +196,11 @@ def generate(task: Task, *, level: int, count: int, seed: int = 0, split: str = 
 
 
 def reference_response(item: Item | Mapping[str, Any], scratchpad: bool = True) -> str:
-    """The response that earns full reward: think part, answer part, end of sequence.
+    """The response with full reward: think part, answer part, end of sequence.
 
     Args:
       item: an `Item`, or a record read from a data set.
-      scratchpad: with the think part (empty where the item needs no scratch), or the direct variant without it.
+      scratchpad: with the think part (empty for an item without scratch); otherwise the direct variant without it.
 
     >>> reference_response(Item("A:4+8", "4+8+0=12", "12", "addition", 1, "addition-1"))
     '<t>4+8+0=12</t><a>12</a><eos>'
@@ -211,12 +211,11 @@ def reference_response(item: Item | Mapping[str, Any], scratchpad: bool = True) 
 
 
 def record(element: Item | Mapping[str, Any], index: int) -> dict[str, Any]:
-    """An item as the record that travels through the pipeline, whatever it was read from.
+    """An item of any source as a record of the pipeline.
 
     Args:
-      element: an `Item`, or a mapping with at least `body` and `answer`; text may be bytes, as in stored
-        data sets.
-      index: position in its source, which becomes `item_id` where the element names none.
+      element: an `Item`, or a mapping with at least `body` and `answer`; text may be bytes, as in stored data sets.
+      index: position in its source, which is the default of `item_id`.
 
     Raises:
       ValueError: if `body` or `answer` is missing.
@@ -239,7 +238,7 @@ def _text(value: Any) -> str:
 
 
 def equality(item: Item, answer: str | None) -> float:
-    """Reward 1 where the answer is the reference answer, character by character, else 0."""
+    """Reward 1 if the answer equals the reference answer exactly, else 0."""
     return float(answer == item.answer)
 
 

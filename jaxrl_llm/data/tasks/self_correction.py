@@ -1,4 +1,4 @@
-"""Two attempts at one problem: a first response, the same request to revise whatever it was, a second response."""
+"""Two attempts at one problem: a first response, a fixed request to revise it, a second response."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ PROBLEMS = {
 
 
 def attempt(think: str, answer: str, scratchpad: bool) -> str:
-    """One response, without what ends its turn."""
+    """One response, without the end of its turn."""
     return (f"<t>{think}</t>" if scratchpad else "") + f"<a>{answer}</a>"
 
 
 class Episode(NamedTuple):
-    """An episode under way: the reference answer and the attempts made."""
+    """The state of an episode: the reference answer and the attempts so far."""
 
     answer: str
     taken: int = 0
@@ -47,11 +47,11 @@ def task(
 ) -> Task:
     """A problem of another family, attempted twice; levels and splits are those of that family.
 
-    In reference conversations some first attempts are wrong. Nothing is learned from those but how to go on.
+    In reference conversations some first attempts are wrong; these attempts are not trained on.
 
     Args:
       problem: "addition", "chain" or "deduction".
-      corrupted: share of wrong first attempts, 0 to 1. An item's attempt is always the same.
+      corrupted: share of wrong first attempts, 0 to 1; an item always has the same attempt.
       problem_options: options of the other family.
     """
     require_choice("problem", problem, tuple(PROBLEMS))
@@ -62,9 +62,7 @@ def task(
     try:
         inner = family(**dict(problem_options or {}))
     except TypeError as error:
-        raise ValueError(
-            f"problem_options is {problem_options!r}, but {problem} takes other options: {error}"
-        ) from error
+        raise ValueError(f"problem_options is {problem_options!r}, which {problem} does not accept: {error}") from error
 
     def draw(rng: Random, level: int) -> Item | None:
         drawn = inner.draw(rng, level)

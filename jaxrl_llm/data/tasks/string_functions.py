@@ -1,4 +1,4 @@
-"""String composition: `F:K(M(abgd))` -> adgb, functions with meaningless names applied from the inside out."""
+"""String composition: `F:K(M(abgd))` -> adgb; functions with arbitrary one-letter names, innermost first."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def task(*, functions: str = NAMES, scratchpad: bool = True) -> Task:
     V mirrors the alphabet.
 
     Args:
-      functions: names of the functions to draw from, for example "KLMNOPQ" to keep the others for a test.
+      functions: names of the functions to draw from, for example "KLMNOPQ" to reserve the others for a test.
       scratchpad: write every intermediate word before the answer.
     """
     functions = require_subset("functions", functions, NAMES)

@@ -1,4 +1,4 @@
-"""Two modular chains at once: `P:3+5*2-4|6-1*3` -> 5|1, whose halves do not depend on each other."""
+"""Two independent modular chains: `P:3+5*2-4|6-1*3` -> 5|1."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from jaxrl_llm.ranges import Share, ranged
 
 
 def item(modulus: int, halves: list[tuple[int, list[tuple[str, int]]]], *, parallel: bool) -> Item:
-    """The problem of two chains, worked one after the other, or in two threads of one block.
+    """The problem of two chains, solved one after the other, or in two threads of one block.
 
     >>> made = item(7, [(3, [("+", 5)]), (4, [("*", 2)])], parallel=True)
     >>> made.body, made.think, made.answer
@@ -26,11 +26,11 @@ def item(modulus: int, halves: list[tuple[int, list[tuple[str, int]]]], *, paral
 
 @ranged
 def task(*, modulus: int = 7, parallel_share: Share = 0.5) -> Task:
-    """Two chains of `level` operations, each reduced modulo `modulus`; both answers are wanted.
+    """Two chains of `level` operations, each reduced modulo `modulus`; the answer has both results.
 
     Args:
       modulus: 7, 11 or 13.
-      parallel_share: share of the reference solutions that work the halves in threads (see `parallel_threads`).
+      parallel_share: share of the reference solutions that solve the halves in threads (see `parallel_threads`).
     """
     require_choice("modulus", modulus, (7, 11, 13))
 

@@ -3,18 +3,21 @@ r"""Answers that are numbers, checked on the host by exact rational comparison.
 A number is parsed from text by a small grammar and never evaluated as code. An answer with several numbers is invalid,
 so that listing candidates earns 0. The grammar:
 
-    signs        - and every dash or minus sign of Unicode in front of a number; after a number it is not a sign (3–5)
-    digits       of every script; 1,234 and 1,23,456 are grouped; 1.234,56 and 3,5 are no numbers
+    signs        - and every dash or minus sign of Unicode in front of a number, and the words minus and negative; after
+                 a number a dash is not a sign (3–5)
+    digits       of every script; 1,234 and 1,23,456 are grouped, also by an apostrophe, _ or a thin or no-break space
+                 (1'234); 1.234,56, 3,5 and 1 234 are no numbers
     fractions    1/2, \frac{1}{2}, ½; mixed 1 1/2, 1\frac{1}{2}, 1½
-    powers       5e3, 5 \times 10^3
+    powers       5e3, 5 \times 10^3, 5 × 10³, 10^3; other powers (2^3, 2³) are invalid
     scales       hundred to quadrillion, dozen, lakh, crore: in the plural, in capitals, several (2 hundred thousand);
-                 20k or 20K, and 20M, 20B, 20T, 20mn, 20bn, 20tn without a space; another -illion is invalid
+                 20k, 20 k, 20 mn, 20 bn, 20 tn; 20K, 20M, 20B, 20T without a space (20 K are kelvin); another scale
+                 is invalid: -illion, milliard, mio, mrd, lac, hundredths, 万, 億, тыс, млн, लाख, ...
     percent      %, percent, per cent, pct: a unit, or hundredths; ‰ is invalid
-    currencies   any sign or name before or after the number, ignored
-    units        words and symbols after the number, ignored (cm, km/h, m^2, °); a single letter that is no unit is a
-                 variable (2x, 5i), which is invalid
+    currencies   any sign or name before or after the number, ignored; also between a sign and the number (-USD 5)
+    units        words and symbols after the number, ignored (cm, km/h, m^2, m², °); a single letter that is no unit is
+                 a variable (2x, 5i), which is invalid
     words        five, XII and 三 are no numbers
-    expressions  3!, !3, |3|, 3i and 3 i are invalid; next to words ! is punctuation (it is 3!)
+    expressions  3!, !3, |3|, 3i and 3 i are invalid; beside words ! is punctuation (it is 3!, 3 apples!)
     negations    "not 3", "isn't 3", "never 3" and numbers after !=, <=, >= or another inequality sign are
                  invalid
     equations    the number after the last equals sign (x = 3); bare numbers on both sides must agree to a hundredth
@@ -65,14 +68,23 @@ _NUMBER = re.compile(
     rf"|(?P<digits>{_DIGITS})(?:\s*/\s*(?P<denominator>\d+(?:\.\d+)?)(?![\d/])|{_POWER})?)"
     # Not the basis of a power, nor a multiple of a root or of pi.
     r"(?![\d^]|\s*\^|\s*(?:\\pi|\\sqrt|π|√))"
-    rf"(?:(?P<suffix>{'|'.join(_SUFFIXES)})\b|(?P<scale>(?:(?:\s+|-)(?i:{'|'.join(_SCALES)})s?\b)+))?"
+    rf"(?:(?P<suffix>{'|'.join(_SUFFIXES)}|\s(?:k|mn|bn|tn))\b|(?P<scale>(?:(?:\s*|-)(?i:{'|'.join(_SCALES)})s?\b)+))?"
     r"(?P<percent>\s*\\?%|\s+(?i:per\s?cent|pct)\b)?"
 )
 # Typography that can be removed without changing the number.
-_THOUSANDS = re.compile(r"(?<=\d)(?:\\[,!]|\{,\}|,\\!|\\!,|[~\u00a0\u202f])(?=\d{3}(?!\d))")
-_SPACES = re.compile(r"\\[!,;: ]|\\q?quad\b|[~\u00a0\u202f]")
+_THOUSANDS = re.compile(r"(?<=\d)(?:\\[,!]|\{,\}|,\\!|\\!,|[~\u00a0\u202f\u2009'’_])(?=\d{3}(?!\d))")
+_SPACES = re.compile(r"\\[!,;: ]|\\q?quad\b|[~\u00a0\u202f\u2009]")
 _WORDS = re.compile(r"\\(?:text|textbf|textrm|mathrm|mathbf|mbox)\s*\{([^{}]*)\}")
 _DECORATION = re.compile(r"\\(?:left|right|displaystyle)\b|\\[()\[\]]|\^\s*(?:\{\s*)?\\circ\s*\}?|\\circ\b|°|\*\*|`")
+_SUPERSCRIPTS = re.compile("[⁺⁻]?[⁰¹²³⁴⁵⁶⁷⁸⁹]+")
+# A letter of a script without spaces between words, directly before a number.
+_UNSPACED = re.compile(r"(?<=[\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af])(?=[-+]?\d)")
+_MINUS = re.compile(r"\b(?i:minus|negative)\s+(?=[\d.\\$€£¥₹])")
+_SIGNED_CURRENCY = re.compile(r"(?<![\w)\]}%.])(-\s?)(?:[A-Z]{1,3}|Rs\.?|kr\.?)\s?(?=(?:[$€£¥₹]\s?)?\d)")
+_STARS = re.compile(r"(?<=\d)(?:\*\*|\s\*\*\s)(?=\d)")
+_TEN_ALONE = re.compile(
+    r"(?<![\w.^*×·])(?<![x*×·]\s)(?<!times\s)(?<!cdot\s)10\s*\^\s*(?:\{\s*([-+]?\d+)\s*\}|([-+]?\d+)(?![\d.]))"
+)
 _UNIT_POWER = re.compile(r"(?<=[A-Za-z])\s*\^\s*(?:\{\s*-?\d+\s*\}|-?\d+)")
 # Next to a number these make it part of an expression, or a bound.
 _OPERATORS = re.compile(r"\\(?![$%])|[+*^<>≤≥±√π∞‰|]|[-]\s*\Z")
@@ -83,7 +95,13 @@ _UNEQUAL = re.compile(r"[!<>≠/~]=|=[<>]|≠")
 _BARE = re.compile(r"[-\d.,/\s]+")
 _AGREEMENT = Fraction(1, 100)
 # After the number: an unknown scale, or a letter that is a variable and not a unit.
-_UNKNOWN = re.compile(r"\s*(?i:[a-z]*illions?)\b|(?:\s?[xyzi]|[a-zA-Z](?<![mgslhLVWJNdCF]))(?![A-Za-z0-9/^.°])")
+_OTHER_SCALES = (
+    r"(?:[a-z]*illions?|[a-z]*illionen|mill(?:ion|iard)en?|milliards?|mil(?:ion|iard|joe?n|jard|h[aã]o|h[oõ]es)[a-z]*|"
+    r"[mbt]ill(?:[oó]n|ones)|(?:ten|hundred|thousand|[a-z]*illion)ths?|mio|mrd|mld|mln|bln|lacs?|tausend|mille|mila|"
+    r"per\s?mille?)\b|千(?![克米瓦卡])|百(?!分)|[万萬億亿兆만억조천백]|тыс|млн|млрд|"
+    r"миллион|миллиард|триллион|लाख|करोड|हज़ार|हजार|ألف|مليون|مليار"
+)
+_UNKNOWN = re.compile(rf"\s*(?i:{_OTHER_SCALES})|(?:\s?[xyzi]|[a-zA-Z](?<![mgslhLVWJNdCF]))(?![A-Za-z0-9/^.°])")
 
 
 @ranged
@@ -211,13 +229,14 @@ def _only_number(plain: str, percent: str) -> Fraction | None:
     before, after = plain[: found[0].start()], plain[found[0].end() :]
     # A digit directly after a letter belongs to a unit such as m2.
     beside = re.sub(r"(?<=[A-Za-z])\d\b", "", before + "|" + after)
+    factorial = before.endswith("!") or after.lstrip().startswith("!")
     if (
         _UNKNOWN.match(after)
         or _NEGATED.search(before)
         or _OPERATORS.search(before)
         or _OPERATORS.search(after)
         or any(character.isdigit() for character in beside)
-        or ("!" in beside and not any(character.isalpha() for character in before))
+        or (factorial and not any(character.isalpha() for character in before))
     ):
         return None
     return _value(found[0], percent)
@@ -226,20 +245,27 @@ def _only_number(plain: str, percent: str) -> Fraction | None:
 def _plain(text: str) -> str:
     """The text without typography that does not change its number."""
     text = _THOUSANDS.sub("", _in_ascii(text).replace("\\$", "$"))
-    text = _DECORATION.sub("", _WORDS.sub(r" \1", _SPACES.sub(" ", text)))
-    return _UNIT_POWER.sub("", text).strip().strip("$").strip()
+    text = _STARS.sub("^", _WORDS.sub(r" \1", _SPACES.sub(" ", text)))
+    text = _SIGNED_CURRENCY.sub(r"\1", _MINUS.sub("-", _DECORATION.sub("", text)))
+    return _TEN_ALONE.sub(r"1e\1\2", _UNIT_POWER.sub("", text)).strip().strip("$").strip()
 
 
 def _in_ascii(text: str) -> str:
-    """The text with Unicode dashes, digits, separators and fractions converted to ASCII."""
-    return text if text.isascii() else "".join(map(_ascii, text))
+    """The text with Unicode dashes, digits, powers, separators and fractions in ASCII, without invisible characters."""
+    if text.isascii():
+        return text
+    text = _SUPERSCRIPTS.sub(lambda run: f"^{{{unicodedata.normalize('NFKC', run.group())}}}", text)
+    return _UNSPACED.sub(" ", "".join(map(_ascii, text)))
 
 
 @cache
 def _ascii(character: str) -> str:
     if character.isascii():
         return character
-    if character == "\u2212" or unicodedata.category(character) == "Pd":
+    category = unicodedata.category(character)
+    if category == "Cf":
+        return ""
+    if character in "\u2212⁻" or category == "Pd":
         return "-"
     kind, _, parts = unicodedata.decomposition(character).partition(" ")
     if kind == "<wide>":
@@ -247,7 +273,7 @@ def _ascii(character: str) -> str:
     if kind == "<fraction>":
         return " " + "".join(chr(int(part, 16)) for part in parts.split()).replace("\u2044", "/")
     digit = unicodedata.decimal(character, None)
-    return {"٫": ".", "٬": ",", "\u2044": "/"}.get(character, character) if digit is None else str(digit)
+    return {"٫": ".", "٬": ",", "\u2044": "/", "\u2215": "/"}.get(character, character) if digit is None else str(digit)
 
 
 def _value(match: re.Match[str], percent: str) -> Fraction | None:
@@ -267,9 +293,9 @@ def _value(match: re.Match[str], percent: str) -> Fraction | None:
             value = Fraction(part["digits"].replace(",", "")) / Fraction(part["denominator"] or 1)
     except ZeroDivisionError:
         return None
-    value *= Fraction(10) ** exponent * _SUFFIXES.get(part["suffix"] or "", 1)
-    for word in re.split(r"\s+|-", (part["scale"] or "").lower()):
-        value *= _SCALES.get(word.removesuffix("s"), 1)
+    value *= Fraction(10) ** exponent * _SUFFIXES.get((part["suffix"] or "").strip(), 1)
+    for word in re.findall("|".join(_SCALES), (part["scale"] or "").lower()):
+        value *= _SCALES[word]
     negative = "-" in ((part["sign"] or "") + (part["inner"] or ""))
     value = -value if negative else value
     return value / 100 if part["percent"] and percent == "hundredth" else value
@@ -282,7 +308,8 @@ def _last_number(text: str) -> str | None:
 
 def _marked_or_last(text: str) -> str | None:
     marked = marked_answer(text)
-    return _last_number(text) if marked is None else marked
+    # A truncated completion may have lost a part of the answer in its box.
+    return _last_number(text) if marked is None and "\\boxed{" not in text else marked
 
 
 _EXTRACTORS: Mapping[str, Callable[[str], str | None]] = {

@@ -484,7 +484,7 @@ def test_strength_of_preferences_and_what_is_done_about_weak_ones():
     assert "flip" not in label_actions([0.1, 0.2], flip=0.5, smooth=1.0)
     with pytest.raises(ValueError, match=r"better has the shape \(3, 3\) and worse \(2, 3\)"):
         preference_strength(better, worse[:2])
-    with pytest.raises(ValueError, match=r"flip is 0.5 and smooth 0.1; they must be shares"):
+    with pytest.raises(ValueError, match=r"flip is 0.5 and smooth is 0.1; 0 <= flip <= smooth"):
         label_actions([1.0], flip=0.5, smooth=0.1)
 
 

@@ -17,24 +17,30 @@ SAME = {
     Fraction(
         72
     ): r"72; +72; 72.; 72.0; 072; 72.00 dollars; $72; 72$; $72.00; \$72; 72 clips; x = 72; 72\text{ cm}; 72 m^2; "
-    r"72 m2; 72 km/h; (72); **72**; $72$; \(72\); 72nd; 7.2e1; is 72!; 7.2 \times 10^{1}; 144/2; \frac{144}{2}; "
+    r"72 m2; 72 km/h; (72); **72**; $72$; \(72\); 72nd; 7.2e1; is 72!; 72 apples!; 72 cm²; 72 m³; 72 s⁻¹; 答案是72; "
+    r"72元; 72 billiard balls; 72 millionaires; 7.2 \times 10^{1}; 144/2; \frac{144}{2}; "
     r"72^\circ; 72°; €72; 72 €; \boxed{72}; 8*9 = 72",
     Fraction(-5, 2): "-2.5; -5/2; -\\frac{5}{2}; -\\dfrac52; -2\\frac{1}{2}; -2 1/2; \u22122.5; -$2.50; $-2.50; "
     r"\frac{-5}{2}; - 2.5; x = -2.5; \tfrac{5}{-2}",
     Fraction(1234567): "1,234,567; 1234567; 1{,}234{,}567; 1,\\!234,\\!567; 1\\,234\\,567; 1\u00a0234\u00a0567; "
-    "1,234,567.0",
+    "1,234,567.0; 1'234'567; 1’234’567; 1_234_567; 1\u2009234\u2009567",
     Fraction(3_000_000): "3 million; 3e6; 3 \\cdot 10^6; 3,000 thousand; 3\u00d710^6; 3 Millions; "
-    "3-million; 3 MILLION; 3M; $3M; 3mn; 30 lakh; 3 thousand thousands; 3 million dollars; 30,00,000; ३०,००,०००",
-    Fraction(-7): "–7; —7; ‒7; ‐7; －7; ﹣7; −７; is –7; –$7",
-    Fraction(20_000): "20k; 20K; $20k; 20 thousand dollars; 2 hundred hundreds",
+    "3-million; 3 MILLION; 3M; $3M; 3mn; 30 lakh; 3 thousand thousands; 3 million dollars; 30,00,000; ३०,००,०००; "
+    "3million; 3 mn; $3 mn",
+    Fraction(-7): "–7; —7; ‒7; ‐7; －7; ﹣7; −７; is –7; –$7; minus 7; is Negative 7; minus $7; -USD 7; -US$7; –Rs. 7; "
+    "-R$ 7; -\u200e7; 是-7",
+    Fraction(20_000): "20k; 20K; $20k; 20 thousand dollars; 2 hundred hundreds; 20 k; 20 k€; 2×10⁴; 2 \\times 10^{4}",
+    Fraction(10**6): "10^6; 10^{6}; 10⁶; 10**6; 1*10**6; 1 x 10^6",
     Fraction(24): "2 dozen; 2 Dozens; 24 hours; 24h; 24 per day; US$24; 24 USD; ₹24; 24 mi/h; 24 a day; 24 K; 24 a.m.",
-    Fraction(1, 2): r"0.5; .5; 1/2; \frac12; \frac 1 2; 5e-1; 0.50; ½; ٠٫٥",
+    Fraction(1, 2): r"0.5; .5; 1/2; \frac12; \frac 1 2; 5e-1; 0.50; ½; ٠٫٥; 1∕2; 5 × 10⁻¹",
     Fraction(3, 2): "1½; 1 1/2; 1 ½",
 }
 NONE = (
     r"; abc; 1 2; 3 or 4; (1, 2); 1,2,3; 10:30; 5.5.5; 1/0; \frac{1}{0}; 2^{10}; 2^10; 3\pi; \sqrt{2}; 2\sqrt{3}; "
     r"\frac{x}{2}; 3x + 4; > 5; about - 5; 1/2/3; \approx 5; 5 - 3; 1,23; 1e9999; 7^; x2; \boxed{5; NaN; inf; five; "
-    "3–5; 2 zillion; 2 Gazillions; 2x; 2 x; 5i; 3n; 5‰; XII; 三; 5²; 1.234,56; 3,5; "
+    "3–5; 2 zillion; 2 Gazillions; 2 Mio.; 2 Mrd; 2 milliards; 2 Millionen; 2 millones; 2 milhões; 2 lac; "
+    "2 hundredths; 2万; 2 億; 2만; 2 млн; 2 тыс.; 2 लाख; 2 करोड़; 2 مليون; 5 permille; 2**3; 2³; 1 234; "
+    "2x; 2 x; 5i; 3n; 5‰; XII; 三; 5²; 1.234,56; 3,5; "
     "\u221e; 5\u03c0; " + "9" * 500
 )
 
@@ -89,6 +95,7 @@ def test_any_text_has_a_verdict(text):
         ("#### 72 73 74", 0.0),
         (r"\boxed{72, 24}", 0.0),
         ("72 ####", 0.0),
+        (r"so \boxed{72", 0.0),
         ("", 0.0),
         ("no number", 0.0),
     ],
