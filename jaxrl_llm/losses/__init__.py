@@ -92,7 +92,7 @@ from jaxrl_llm.losses.value.distributional import (
     several_values,
 )
 from jaxrl_llm.losses.value.huber import huber_value, twin_huber_value
-from jaxrl_llm.losses.value.step_models import outcome_label_likelihood, return_decomposition, step_label_likelihood
+from jaxrl_llm.losses.value.step_models import return_decomposition, step_label_likelihood
 
 __all__ = [
     "GENERATORS",
@@ -168,7 +168,6 @@ __all__ = [
     "on_mask",
     "optimal_transport",
     "outcome_cross_entropy",
-    "outcome_label_likelihood",
     "outcome_token_weight",
     "over_mask",
     "pairwise_surrogate",
