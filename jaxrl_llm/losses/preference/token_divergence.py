@@ -77,11 +77,11 @@ def sequential_divergence_preference(
 ) -> SequentialDivergencePreference:
     """TDPO: DPO whose margin includes the sequential KL of the reference to the policy along both answers.
 
-        k = sum_t KL(pi_reference(. | y_<t) || pi(. | y_<t))
+        k = sum_t KL_t(pi_reference || pi)
         z = beta * (rho_better - rho_worse - alpha * (k_worse - k_better)),   rho = sum_t(log pi - log pi_reference)
         x = -log sigmoid(z)
 
-    averaged over pairs, with the KL exact over the vocabulary. "both" with alpha 1 is TDPO1; "worse" is TDPO2, in which
+    averaged over pairs, with KL_t over the vocabulary at token t, which is exact. "both" with alpha 1 is TDPO1; "worse" is TDPO2, in which
     k_better has no gradient. alpha 0 is DPO; where the policy equals the reference the loss is log 2.
 
     Args:
