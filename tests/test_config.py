@@ -1,4 +1,4 @@
-"""Configs: every shipped one loads and composes, and what is wrong with one is said in a sentence."""
+"""Configs: every shipped one loads and composes, and invalid ones are refused with one sentence."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from jaxrl_llm.shipped import recipe_path
 
 ROOT = Path(__file__).parents[1]
 # qwen3_gsm8k needs a checkpoint and a data file: tests/test_pretrained.py runs it with both.
-# Those of plans are for machines that are not here; tests of `jaxrl plan` read them.
+# Configs of plans are for other machines; the tests of `jaxrl plan` read them.
 SHIPPED = sorted(
     path for path in (ROOT / "configs").rglob("*.yaml") if path.stem != "qwen3_gsm8k" and path.parent.name != "plans"
 )
@@ -51,7 +51,7 @@ def parsed(micro_config):
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory, data_directory):
-    """What shipped configs name and users have: files of judged answers, and networks, in the working directory."""
+    """Files of judged answers and networks in the working directory, to which shipped configs refer."""
     folder = tmp_path_factory.mktemp("files")
     judged = {
         "pairs": {"prompt": "A:1+2", "chosen": "3", "rejected": "4", "margin": 1, "reference": "3"},
@@ -364,7 +364,7 @@ def test_the_hash_covers_exactly_the_fields_that_are_not_free(parsed):
     assert {"name", "run_dir", "about", "reporting", "checkpoints", "data.path", "data.directory"} <= free
     assert {"rollout.engine.url", "rollout.engine.concurrency"} <= free
     assert {"rollout.engine.reload_every_steps", "networks.value.learning_rate", "lora.rank", "seed"} <= decide
-    # More steps may be added where no schedule depends on their number.
+    # The number of steps may increase if no schedule depends on it.
     assert "steps" not in numeric_tree(parsed())["training"]
 
 
