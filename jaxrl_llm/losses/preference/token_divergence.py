@@ -81,8 +81,8 @@ def sequential_divergence_preference(
         z = beta * (rho_better - rho_worse - alpha * (k_worse - k_better)),   rho = sum_t(log pi - log pi_reference)
         x = -log sigmoid(z)
 
-    averaged over pairs, with KL_t over the vocabulary at token t, which is exact. "both" with alpha 1 is TDPO1; "worse" is TDPO2, in which
-    k_better has no gradient. alpha 0 is DPO; where the policy equals the reference the loss is log 2.
+    averaged over pairs, with the exact KL over the vocabulary at each token. "both" with alpha 1 is TDPO1; "worse" is
+    TDPO2, in which k_better has no gradient. alpha 0 is DPO; where the policy equals the reference the loss is log 2.
 
     Args:
       beta: units of reward per nat.
