@@ -1,4 +1,4 @@
-"""Files of judged completions: what a line becomes, and lines that are refused by file and line."""
+"""Files of judged completions: rows of a line, and refused lines."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def texts(batch):
 
 
 def by_prompt(batch, *values):
-    """(prompt id, text, values) of each row, the lines of the file in their order."""
+    """(prompt id, text, values) of each row, in the order of the file."""
     found = list(zip(batch.prompt_id.tolist(), texts(batch), *(v.tolist() for v in values), strict=True))
     return sorted(found, key=lambda row: row[0])
 
