@@ -1,15 +1,15 @@
-"""A run that is killed again and again ends with the numbers of one that was not.
+"""Repeated kills of a run: the resumed run must end with the same numbers as one without kills.
 
     python benchmarks/kills.py --kills 50 [--processes 2 [--apart]] [--work DIRECTORY] [CONFIG [section.key=value ...]]
 
-SIGKILL comes in each phase of a run in turn, at a random moment of it: while it starts, while it compiles (with an
-empty store of programs), between steps, and while a checkpoint is written in the background. Each time the same command
-goes on with it. Metrics, samples, and every array of the last checkpoint are compared with those of a run without
-kills, bit for bit. Exit status 1 where something differs.
+SIGKILL is sent in each phase of a run in turn, at a random time: while it starts, while it compiles (with an empty
+compilation cache), between steps, and while a checkpoint is written in the background. Each time the run is resumed
+with the same command. Metrics, samples, and every array of the last checkpoint are compared with those of a run without
+kills, bit for bit. Exit status 1 if anything differs.
 
-With `--apart` each process has a home of its own, and the run is at an address (`file://...`), which is compared.
+With `--apart` each process has its own home directory, and the run is at an address (`file://...`), which is compared.
 
-What has been done is kept in `--work DIRECTORY`: with `--seconds` it is done in portions, each of which goes on there.
+Progress is stored in `--work DIRECTORY`; with `--seconds` the work is done in portions, each of which continues there.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ from jaxrl_llm.run import checkpoints, integrity
 
 ROOT = Path(__file__).parents[1]
 PHASES = ("start", "compile", "step", "write")
-SET_UP = b"sequences per update"  # is printed when the set-up is over, and what comes next is compiled
+SET_UP = b"sequences per update"  # printed after the set-up, before compilation
 SECONDS_OF_COMPILING, SECONDS_OF_A_STEP, SECONDS_OF_A_WRITE = 4.0, 0.2, 0.1
 
 
 @dataclass
 class Tally:
-    """What has been done: kills by phase, those that left a checkpoint half-written, lives, and those that differ."""
+    """Progress: kills by phase, kills that left an incomplete checkpoint, finished runs, and runs that differ."""
 
     kills: dict[str, int] = field(default_factory=dict)
     half_written: int = 0
@@ -61,13 +61,13 @@ class Tally:
 
 
 class Place(NamedTuple):
-    """Where a run is.
+    """The directories of a run.
 
     Attributes:
-      name: as `run_dir` has it.
-      result: the directory that holds the whole run in the end.
-      copies: the directories that its processes write to; that of process 0 first.
-      homes: what XDG_CACHE_HOME is of each process; empty where they share a disk.
+      name: value of `run_dir`.
+      result: the directory of the finished run.
+      copies: the directories that its processes write to, that of process 0 first.
+      homes: XDG_CACHE_HOME of each process; empty if they share a disk.
     """
 
     name: str
@@ -77,7 +77,7 @@ class Place(NamedTuple):
 
 
 def place_of(folder: Path, name: str, processes: int, apart: bool) -> Place:
-    """Of a run that all processes write to one directory of, or each to its own (`apart`) and to an address."""
+    """Directories of a run whose processes write to one directory, or each to its own (`apart`) and to an address."""
     result = folder / name
     if not apart:
         return Place(str(result), result, (result,), ())
@@ -87,7 +87,7 @@ def place_of(folder: Path, name: str, processes: int, apart: bool) -> Place:
 
 
 def started(words: Sequence[str], processes: int, place: Place, log: Path, programs: Path) -> list[subprocess.Popen]:
-    """The processes of one start of a run, which keep their programs in a folder."""
+    """The processes of one start of a run, with `programs` as their compilation cache."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -100,7 +100,7 @@ def started(words: Sequence[str], processes: int, place: Place, log: Path, progr
     made = []
     for number in range(processes):
         several = ["--coordinator", f"127.0.0.1:{port}", "--processes", str(processes), "--process-id", str(number)]
-        several += ["--start-timeout", "40"]  # one that was killed at once is not waited for longer
+        several += ["--start-timeout", "40"]  # a process may be killed before it connects
         command = [sys.executable, "-m", "jaxrl_llm", "train", *words, f"run_dir={place.name}", "--resume-if-started"]
         command += several if processes > 1 else []
         own = {"XDG_CACHE_HOME": str(place.homes[number])} if place.homes else {}
@@ -110,22 +110,22 @@ def started(words: Sequence[str], processes: int, place: Place, log: Path, progr
 
 
 def half_written(place: Place) -> set[tuple[str, int]]:
-    """Checkpoints that are being written, or were when the run was killed."""
+    """Incomplete checkpoints: being written, or left by a kill."""
     found = set()
     for path in (path for copy in place.copies for path in (copy / "checkpoints").glob("*orbax-checkpoint-tmp*")):
-        with contextlib.suppress(FileNotFoundError):  # it may be finished meanwhile
+        with contextlib.suppress(FileNotFoundError):  # it may have been completed
             found.add((path.name, path.stat().st_ino))
     return found
 
 
 def lines(place: Place) -> int:
-    """How many steps are on record."""
+    """Number of recorded steps."""
     file = place.copies[0] / "metrics.jsonl"
     return file.read_bytes().count(b"\n") if file.is_file() else 0
 
 
 def event(phase: str, run: Place, log: Path, draw: random.Random) -> Callable[[], bool]:
-    """() -> whether the phase has begun, in which a run that is started now is to be killed."""
+    """A function that returns whether the given phase of a newly started run has begun."""
     if phase == "compile":
         said = log.stat().st_size if log.is_file() else 0
         return lambda: log.is_file() and SET_UP in log.read_bytes()[said:]
@@ -145,7 +145,7 @@ def event(phase: str, run: Place, log: Path, draw: random.Random) -> Callable[[]
 
 
 def ended(processes: list[subprocess.Popen], begun: Callable[[], bool] | None = None, delay: float = 0.0) -> list[int]:
-    """Exit statuses; so many seconds after a phase has begun one of the processes is killed."""
+    """Exit statuses of the processes, one of which is killed `delay` seconds after `begun` returns True."""
     until = None
     while any(process.poll() is None for process in processes):
         if begun is not None and until is None and begun():
@@ -158,7 +158,7 @@ def ended(processes: list[subprocess.Popen], begun: Callable[[], bool] | None = 
 
 
 def numbers(run: Path) -> dict[str, object]:
-    """All that a run has computed."""
+    """The computed numbers of a run: metrics, samples and arrays."""
     folder = run / "checkpoints"
     last = checkpoints.latest_step(folder)
     assert last is not None
@@ -176,8 +176,8 @@ def numbers(run: Path) -> dict[str, object]:
 
 
 def whole_run(words: list[str], processes: int, folder: Path, tally: Tally, apart: bool) -> dict[str, object]:
-    """Numbers of a run without kills; the second start of one tells how long the set-up takes."""
-    for name in ("warm", "whole"):  # the first fills the store of programs
+    """Numbers of a run without kills; its second start measures the duration of the set-up."""
+    for name in ("warm", "whole"):  # the first run fills the compilation cache
         run, log = place_of(folder, name, processes, apart), folder / f"{name}.log"
         if (run.result / "summary.json").is_file():
             continue
@@ -195,7 +195,7 @@ def whole_run(words: list[str], processes: int, folder: Path, tally: Tally, apar
 def lived(
     words: list[str], processes: int, folder: Path, tally: Tally, run: Place, most: int, until: float
 ) -> str | None:
-    """Kill and start a run until it is done; "", what it ended with that was no kill, or None where time is over."""
+    """Kill and resume a run until it is finished; returns "", the error of a failed run, or None if time is over."""
     log, draw = folder / "killed.log", random.Random()
     while time.monotonic() < until:
         draw.seed(f"{tally.count} {tally.lives}")
@@ -229,9 +229,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("words", nargs="*", metavar="CONFIG [key=value ...]", default=own)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--apart", action="store_true", help="each process has a disk of its own")
-    parser.add_argument("--work", type=Path, help="where a command that was broken off goes on")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="of a portion; 1 start more may end in it")
+    parser.add_argument("--apart", action="store_true", help="each process has its own disk")
+    parser.add_argument("--work", type=Path, help="directory from which an interrupted command continues")
+    parser.add_argument(
+        "--seconds", type=float, default=float("inf"), help="duration of a portion; a run may exceed it"
+    )
     options = parser.parse_args(arguments)
     if options.apart and options.processes == 1:
         parser.error("--apart needs --processes of at least 2")
@@ -246,7 +248,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             run = place_of(folder, f"killed{tally.lives}", options.processes, options.apart)
             failed = lived(options.words, options.processes, folder, tally, run, options.kills, until)
             if failed is None:
-                print(f"{tally.count} kills so far; the same command with --work {folder} goes on")
+                print(f"{tally.count} kills so far; run the same command with --work {folder} to continue")
                 return 0
             if failed:
                 print(failed)

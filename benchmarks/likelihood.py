@@ -1,11 +1,11 @@
-"""What the likelihood of a reference answer costs a step: behind the thought, and behind each turn.
+"""The cost of the likelihood of a reference answer in a step: after the thought, and after each turn.
 
     python benchmarks/likelihood.py --json likelihood.json
 
-The same step (sampling, one policy-gradient update) runs without a view, with the reference answer scored behind each
-completion (VeriFree), with it scored behind each of eight steps in one pass (IGPO), and with it scored behind each of
-them as a sequence of its own. Each has a forward pass of its own, which is timed alone. Repetitions alternate between
-the cases. Operations are those of the compiled program, in which a loop counts once: they cancel in differences.
+The same step (sampling, one policy-gradient update) runs without a view, with the reference answer scored after each
+completion (VeriFree), with it scored after each of eight steps in one pass (IGPO), and with it scored after each of
+them in a separate sequence. The forward pass of each case is also timed separately. Repetitions alternate between the
+cases. Operations are those of the compiled program, in which a loop counts once; this cancels in differences.
 """
 
 from __future__ import annotations
@@ -93,13 +93,13 @@ def prompts_of(options: argparse.Namespace) -> Prompts:
 
 
 def scored_alone(step: Any, rows: Any) -> Any:
-    """The forward pass of a case: what `answer_logprobs` costs where nothing else is computed."""
+    """The forward pass of a case: only `answer_logprobs` is computed."""
     c = step.composition
     return jax.jit(lambda state, rows: viewed(c, state, rows, {"answer_logprobs"}, own_samples=True)["answer_logprobs"])
 
 
 def operations(step: Any, prompts: Prompts) -> float:
-    """Of the whole program, which there is one of."""
+    """Operations of the whole step, which is one program."""
     state = jax.eval_shape(step.init, jax.random.key(0))
     ((program, work),) = shapes(step.segments, state, given_work(prompts, None))
     return jax.jit(program.run).lower(state, work).cost_analysis()["flops"]

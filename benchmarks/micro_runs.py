@@ -1,18 +1,17 @@
-"""Micro-runs of all recipes, bit for bit: whether a change of the engine changes a number.
+"""Micro-runs of all recipes, compared bit for bit: whether a change of the engine changes a number.
 
     python benchmarks/micro_runs.py before.json                           # on the old commit
     python benchmarks/micro_runs.py after.json --against before.json      # on the new one: a table, and status 1
 
-Every recipe of configs/methods that has a paper, and the other configs of a model that is trained from nothing, are
-run as `jaxrl train` runs them, at micro size: one layer of width 16, a supervised warm start, three reinforcement
-steps, evaluation before, during and after. Recorded is what a run leaves behind: each metric of each step of both
-stages, the samples, the results of the evaluations, a hash of each array of the last checkpoint, and which programs
-were compiled when. Floats are written in hexadecimal, so that equal text means equal bits. What a clock says is left
-out.
+Every recipe of configs/methods with a paper, and the other configs that train a model from random parameters, are run
+by `jaxrl train` at micro size: one layer of width 16, a supervised warm start, three reinforcement steps, evaluation
+before, during and after. The output has each metric of each step of both stages, the samples, the results of the
+evaluations, a hash of each array of the last checkpoint, and the compiled programs by stage. Floats are written in
+hexadecimal, so that equal text means equal bits. Measured times are omitted.
 
-The result is written after each recipe; `--resume` goes on with what is missing or failed, `--only grpo ppo` takes
-some. Numbers can be compared on one machine only, with the same versions of jax and the same choice of `--optimised`.
-Everything that touches the package is in one block below, marked as such.
+The output is written after each recipe; `--resume` runs the recipes that are missing or failed, `--only grpo ppo` runs
+these. Numbers are comparable only on one machine, with the same versions of jax and the same `--optimised`. All uses of
+the package are in one block below.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from __future__ import annotations
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ["JAXRL_COMPILATION_CACHE"] = "0"  # programs come from this process alone, see `run_all`
+os.environ["JAXRL_COMPILATION_CACHE"] = "0"  # no programs of other processes, see `run_all`
 os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
 
 import argparse
@@ -47,10 +46,11 @@ from rich.markup import escape
 from rich.table import Table
 
 CHECKOUT = Path(__file__).parents[1]
-sys.path.insert(0, str(CHECKOUT))  # the package beside this file, whatever is installed
+sys.path.insert(0, str(CHECKOUT))  # the package of this checkout, not an installed one
 CONFIGS = CHECKOUT / "configs"
 OTHERS = ("demo", "lengths", "competing_rewards", "countdown", "grid", "calculator", "bargaining", "self_correction")
 STEPS, LEARNING_RATE = 3, 0.002
+QUESTIONS = ("claims", "attempts")  # options of the task "chain"
 
 
 class Micro(NamedTuple):
@@ -78,18 +78,18 @@ MICRO = {
     "self_correction": Micro({"levels": [1], "options": {"problem_options": {"scratchpad": False}}}, 7, 14),
 }
 
-# ---- what touches the package: adapt this block when its engine changes ---------------------------------------------
+# ---- uses of the package: adapt this block when its engine changes --------------------------------------------------
 
 
 def config_tree(path: Path) -> dict[str, Any]:
-    """A config as plain dictionaries, with what it extends."""
+    """A config as plain dictionaries, merged with the configs that it extends."""
     from jaxrl_llm.config import read_tree
 
     return read_tree(path)
 
 
 def train(config: Path, run_directory: Path) -> None:
-    """`jaxrl train` of a config into a directory, in this process; raises RuntimeError with what it said."""
+    """Run `jaxrl train` of a config in this process; raises RuntimeError with its error output."""
     from jaxrl_llm import cli
 
     said = io.StringIO()
@@ -100,7 +100,7 @@ def train(config: Path, run_directory: Path) -> None:
 
 
 def last_state(run_directory: Path) -> dict[str, Any]:
-    """The newest checkpoint as nested dictionaries of arrays, read without the code that knows what they are."""
+    """The newest checkpoint as nested dictionaries of arrays, read without the code of the package."""
     import orbax.checkpoint as ocp
 
     newest = max((path for path in (run_directory / "checkpoints").iterdir() if path.name.isdigit()), key=_number)
@@ -109,11 +109,11 @@ def last_state(run_directory: Path) -> dict[str, Any]:
 
 
 def policy_of(state: dict[str, Any]) -> Any:
-    """The policy's parameters in what `last_state` returns."""
+    """The policy's parameters in a result of `last_state`."""
     return state["networks"]["policy"]["params"]
 
 
-# Names of the files that a run leaves behind, and what is taken from its summary.
+# Files of a run directory, and the recorded fields of its summary.
 METRICS, SAMPLES, SUMMARY = "metrics.jsonl", "samples.jsonl", "summary.json"
 FROM_SUMMARY = ("before", "after", "completion_tokens_sampled", "warm_start_steps", "steps", "data")
 
@@ -125,7 +125,7 @@ def _number(path: Path) -> int:
 
 
 def recipes() -> dict[str, Path]:
-    """Everything that is run, by name; a config that has the name of a method's recipe is told apart."""
+    """All configs to run, by name; those that are not recipes of methods have the prefix configs/."""
     found = {path.stem: path for path in sorted((CONFIGS / "methods").rglob("*.yaml"))}
     found = {name: path for name, path in found.items() if config_tree(path).get("about", {}).get("paper")}
     return found | {f"configs/{name}": CONFIGS / f"{name}.yaml" for name in OTHERS}
@@ -136,6 +136,9 @@ def small(path: Path, data_directory: Path) -> dict[str, Any]:
     tree = config_tree(path)
     rollout, training, task = tree["rollout"], tree["training"], tree["task"]["name"]
     micro = MICRO[task]
+    question = {name: value for name, value in tree["task"].get("options", {}).items() if name in QUESTIONS}
+    if question:  # of a judge or a critic: the prompt also has one or two results
+        micro = micro._replace(options=micro.options | {"options": question}, prompt=micro.prompt + 4)
     samples = min(rollout["samples_per_prompt"], 4)
     cuts = min(training.get("minibatches_per_epoch", 1), 2)
     plan = rollout.get("plan") or {}
@@ -147,6 +150,9 @@ def small(path: Path, data_directory: Path) -> dict[str, Any]:
         tree["environment"]["max_turn_tokens"] = micro.turn
     training |= {"steps": STEPS, "prompts_per_step": 4, "minibatches_per_epoch": cuts}
     training |= {"learning_rate": LEARNING_RATE, "warmup_steps": 0}
+    for stage in tree.get("stages", []):
+        if "steps" in stage.get("training", {}):
+            stage["training"]["steps"] = min(stage["training"]["steps"], STEPS)
     if training.get("freeze_policy_steps"):
         training["freeze_policy_steps"] = 1
     if training.get("alignment_every_steps"):
@@ -184,7 +190,7 @@ def small(path: Path, data_directory: Path) -> dict[str, Any]:
 
 
 def hexadecimal(value: Any) -> Any:
-    """The same with each float as text that says all of its bits."""
+    """The same value with each float as hexadecimal text, which is exact."""
     if isinstance(value, dict):
         return {name: hexadecimal(entry) for name, entry in value.items()}
     if isinstance(value, list):
@@ -193,14 +199,14 @@ def hexadecimal(value: Any) -> Any:
 
 
 def hashes(tree: Any) -> list[str]:
-    """A hash of each array, sorted: where in the tree it lies does not count."""
+    """The sorted hashes of all arrays, independent of their places in the tree."""
     leaves = jax.tree.leaves(tree)
     plain = [jax.random.key_data(x) if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x for x in leaves]
     return sorted(hashlib.sha256(np.ascontiguousarray(x).tobytes()).hexdigest()[:16] for x in plain)
 
 
 class Compilations:
-    """What is compiled while a run goes on, and when: after how many lines of its metrics."""
+    """The programs that are compiled during a run, each with the number of metric lines at that time."""
 
     def __init__(self):
         self.seen: list[tuple[int, str]] = []
@@ -208,7 +214,7 @@ class Compilations:
         jax.monitoring.register_event_duration_secs_listener(self._listen)
 
     def follow(self, metrics: Path | None) -> None:
-        """From now on, those of the run that writes its metrics here; of none with None."""
+        """Record compilations of the run with this metrics file from now on; None stops recording."""
         self.seen, self.metrics = ([], metrics) if metrics else (self.seen, None)
 
     def _listen(self, event: str, _: float, fun_name: str = "?", **__: Any) -> None:
@@ -217,13 +223,13 @@ class Compilations:
             self.seen.append((lines, fun_name))
 
     def found(self, warm_start_steps: int) -> dict[str, Any]:
-        """How many before, at and after the first step, by stage; and the programs' names."""
+        """Numbers of compilations before, at and after the first step, and the names of the programs."""
         last = warm_start_steps + STEPS
 
         def stage(lines: int) -> str:
             if lines < warm_start_steps:
                 return "warm start"
-            # Metrics of a step are written when the next one has been started.
+            # Metrics of a step are written after the next step has started.
             return "first steps" if lines == warm_start_steps else "later steps" if lines < last else "afterwards"
 
         counted = Counter(stage(lines) for lines, _ in self.seen)
@@ -240,7 +246,7 @@ def records(path: Path) -> list[dict[str, Any]]:
 
 
 def recorded(path: Path, folder: Path, data_directory: Path, compilations: Compilations) -> dict[str, Any]:
-    """One micro-run, and all that is compared of it."""
+    """Run one recipe at micro size, and return everything that is compared."""
     config, run = folder / "config.yaml", folder / "run"
     config.write_text(yaml.safe_dump(small(path, data_directory), sort_keys=False))
     compilations.follow(run / METRICS)
@@ -266,7 +272,7 @@ ABSENT = "—"
 
 
 def shown(value: Any) -> str:
-    """A recorded value for people: hexadecimal floats as decimals that tell them apart."""
+    """A recorded value for display, with hexadecimal floats as decimals of full precision."""
     if isinstance(value, str):
         with contextlib.suppress(ValueError):
             return repr(float.fromhex(value)) if "0x" in value else value
@@ -284,7 +290,7 @@ def flat(value: Any, name: str = "") -> dict[str, Any]:
 
 
 def differing(where: str, old: dict[str, Any], new: dict[str, Any]) -> list[Difference]:
-    """Every name whose value is another, or which one of the two lacks."""
+    """Every name whose values differ, or that only one of the two has."""
     old, new = flat(old), flat(new)
     return [
         (where, name, shown(old.get(name, ABSENT)), shown(new.get(name, ABSENT)))
@@ -294,7 +300,7 @@ def differing(where: str, old: dict[str, Any], new: dict[str, Any]) -> list[Diff
 
 
 def differing_rows(kind: str, old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[Difference]:
-    """The same of the lines of a file."""
+    """Differences of the lines of a file."""
     found: list[Difference] = []
     if len(old) != len(new):
         found.append((kind, "number of lines", str(len(old)), str(len(new))))
@@ -305,7 +311,7 @@ def differing_rows(kind: str, old: list[dict[str, Any]], new: list[dict[str, Any
 
 
 def differing_arrays(kind: str, old: list[str], new: list[str]) -> list[Difference]:
-    """How many arrays one has and the other does not."""
+    """Numbers of arrays that only one of the two has."""
     before, after = Counter(old), Counter(new)
     lost, gained = (before - after).total(), (after - before).total()
     if not lost and not gained:
@@ -315,7 +321,7 @@ def differing_arrays(kind: str, old: list[str], new: list[str]) -> list[Differen
 
 
 def lasting(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Metrics without what a clock or the machine says, which is never the same."""
+    """Metrics without measurements of time and of the machine."""
     from jaxrl_llm.reporting.metric_table import OF_MACHINE
 
     return [
@@ -325,7 +331,7 @@ def lasting(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def compared(old: dict[str, Any], new: dict[str, Any]) -> list[Difference]:
-    """Every difference of two micro-runs of a recipe."""
+    """All differences of two micro-runs of a recipe."""
     if "failed" in old or "failed" in new:
         of = [one.get("failed", "ran").strip().splitlines()[-1][:120] for one in (old, new)]
         return [("run", "failed", *of)]
@@ -340,7 +346,7 @@ def compared(old: dict[str, Any], new: dict[str, Any]) -> list[Difference]:
 
 
 def compare(console: Console, old: dict[str, Any], new: dict[str, Any], names: list[str], most: int) -> int:
-    """Print how two results differ; the number of recipes that do."""
+    """Print the differences of two results, and return the number of recipes that differ."""
     for name, value in old["settings"].items():
         if value != new["settings"].get(name):
             console.print(f"[bold]other settings[/]: {name} was {value}, and is {new['settings'].get(name)}")
@@ -366,7 +372,7 @@ def compare(console: Console, old: dict[str, Any], new: dict[str, Any], names: l
 
 
 def _note_programs(console: Console, old: dict[str, Any], new: dict[str, Any], names: list[str]) -> None:
-    """Which programs are compiled more or less often; their names alone make no difference."""
+    """Print which programs are compiled more or less often; renamed programs do not count as differences."""
     counts: Counter[tuple[str, str]] = Counter()
     for name in names:
         runs = [one["runs"].get(name, {}) for one in (old, new)]
@@ -379,7 +385,7 @@ def _note_programs(console: Console, old: dict[str, Any], new: dict[str, Any], n
 
 
 def flat_counts(programs: dict[str, dict[str, int]]) -> Counter[str]:
-    """How often each program was compiled, by stage and name."""
+    """Numbers of compilations of each program, by stage and name."""
     return Counter({f"{stage}: {name}": count for stage, named in programs.items() for name, count in named.items()})
 
 
@@ -390,17 +396,17 @@ def arguments() -> argparse.Namespace:
     known = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     known.add_argument("output", type=Path, help="file that the results are written to")
     known.add_argument("--against", type=Path, help="an earlier output, to compare with")
-    known.add_argument("--only", nargs="+", metavar="NAME", help="these recipes; other configs are named configs/demo")
+    known.add_argument("--only", nargs="+", metavar="NAME", help="run only these; other configs are named configs/demo")
     known.add_argument("--resume", action="store_true", help="skip recipes that the output has, unless they failed")
-    known.add_argument("--compare-only", action="store_true", help="run nothing; compare what the output has")
-    known.add_argument("--optimised", action="store_true", help="compile as for a real run, which takes much longer")
-    known.add_argument("--most", type=int, default=12, help="differences that are shown of a recipe (default 12)")
+    known.add_argument("--compare-only", action="store_true", help="compare an existing output without running")
+    known.add_argument("--optimised", action="store_true", help="compile with optimisations, which takes much longer")
+    known.add_argument("--most", type=int, default=12, help="most differences to print per recipe (default 12)")
     known.add_argument("--list", action="store_true", help="print the names of the recipes and stop")
     return known.parse_args()
 
 
 def write(path: Path, result: dict[str, Any]) -> None:
-    """Whole or not at all: an interruption leaves the last result."""
+    """Write atomically, so that an interruption keeps the last result."""
     temporary = path.with_name(f".{path.name}.part")
     temporary.write_text(json.dumps(result, indent=1) + "\n")
     temporary.replace(path)
@@ -440,20 +446,20 @@ def main() -> int:
     if options.against is None:
         return int(bool(failed))
     old = json.loads(options.against.read_text())
-    if options.only is None:  # recipes that are there no more are differences too
+    if options.only is None:  # removed recipes are differences, too
         names = [*names, *(name for name in old["runs"] if name not in names)]
     return int(bool(compare(console, old, result, names, options.most)))
 
 
 def run_all(console: Console, paths: dict[str, Path], result: dict[str, Any], options: argparse.Namespace) -> None:
-    """One recipe after the other, into `result` and its file."""
+    """Run the recipes one after another, and write each into `result` and its file."""
     import jaxrl_llm
 
     console.print(f"runs {Path(*jaxrl_llm.__path__)} at micro size")
     compilations, began = Compilations(), time.monotonic()
     with tempfile.TemporaryDirectory(prefix="micro_runs_") as temporary:
-        # Recipes share their warm start and evaluation: those are compiled once. A program that is read from this cache
-        # is counted as one that is compiled, so the counts do not depend on what was run before.
+        # Recipes share the programs of warm start and evaluation, which are compiled once. Programs that are read from
+        # this cache are counted as compiled, so the counts do not depend on earlier recipes.
         jax.config.update("jax_compilation_cache_dir", f"{temporary}/programs")
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
         for number, (name, path) in enumerate(paths.items(), start=1):
@@ -471,7 +477,7 @@ def run_all(console: Console, paths: dict[str, Path], result: dict[str, Any], op
                 said = f"[red]failed[/]: {escape(run['failed'].strip().splitlines()[-1][:200])}"
             result["runs"][name] = run
             write(options.output, result)
-            # Programs of one recipe are not those of the next: each compiles its own, and memory stays bounded.
+            # Recipes do not share other programs; clearing them bounds memory.
             jax.clear_caches()
             gc.collect()
             console.print(f"{number}/{len(paths)} {name}: {time.monotonic() - started:.1f} s, {said}", highlight=False)

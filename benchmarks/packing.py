@@ -1,11 +1,11 @@
-"""What packing and trimming save: supervised steps and updates of the same rows, padded beside packed or trimmed.
+"""Time saved by packing and trimming: supervised steps and updates of the same rows, padded, packed and trimmed.
 
     python benchmarks/packing.py --json packing.json
 
-Supervised rows have lengths like those of GSM8K (questions of 60 tokens in the mean, answers of 130, both log-normal,
-at most 256 and 512). Rows of an update are samples of a policy whose completions are mostly short: a geometric length,
-at most 512 tokens. The cases are timed in turn, on the same rows, after a step that is not timed; tokens are those that
-are learned from.
+Supervised rows have lengths as in GSM8K (questions of mean length 60 tokens, answers of 130, both log-normal, at most
+256 and 512). Rows of an update are samples of a policy whose completions are mostly short: a geometric length, at most
+512 tokens. The cases are timed in turn, on the same rows, after a step that is not timed. The reported tokens are those
+that are trained on.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def supervised_lengths(rng: np.random.Generator, rows: int, prompt: int, width: 
 
 
 def sampled_lengths(rng: np.random.Generator, rows: int, prompt: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """(prompts of the whole width, mostly short completions: the longest of a batch has about half the width)."""
+    """(prompts of full width, mostly short completions); the longest completion has about half the width."""
     return np.full(rows, prompt, np.int32), np.minimum(rng.geometric(8 / width, rows), width).astype(np.int32)
 
 
@@ -72,7 +72,7 @@ def steps_of(update: Update, rows: int, loss: Any, sizes: dict[str, int]) -> tup
 
 
 def timed(cases: dict[str, Update], batches: Sequence[Experience], loss: Any, sizes: dict[str, int]) -> dict[str, Any]:
-    """Seconds of each batch by case, and the loss of the last: the cases are run in turn."""
+    """Seconds of each batch by case, and the loss of the last batch; the cases alternate."""
     built = {name: steps_of(update, batches[0].tokens.shape[0], loss, sizes) for name, update in cases.items()}
     steps, states = {n: one[0] for n, one in built.items()}, {n: one[1] for n, one in built.items()}
     seconds: dict[str, list[float]] = {name: [] for name in cases}

@@ -1,8 +1,8 @@
-"""Whole steps compiled for TPU pods that are not there: what they need, as the table of docs/plans.md.
+"""Training steps compiled ahead of time for TPU pods: memory and time, for the table of docs/plans.md.
 
 python benchmarks/plans.py               # needs libtpu; about twenty minutes on two cores
 python benchmarks/plans.py gemma3_27b    # one of them
-python benchmarks/plans.py --estimate    # from sizes alone, in half a minute
+python benchmarks/plans.py --estimate    # estimates from sizes without compilation, in half a minute
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ PLANS = (
 
 
 def rows_of(found: dict[str, Any], overrides: tuple[str, ...]) -> list[str]:
-    """The plan as two lines: what it needs, and where its time goes."""
+    """The plan as two lines: memory, and time by phase."""
     mesh = " x ".join(f"{axis} {size}" for axis, size in found["mesh"].items())
     needs = " / ".join(f"{program['memory_bytes'] / GIB:.1f}" for program in found["programs"])
     seconds = sum(program["compile_seconds"] for program in found["programs"])
@@ -59,7 +59,7 @@ def rows_of(found: dict[str, Any], overrides: tuple[str, ...]) -> list[str]:
 
 
 def estimated_row(found: dict[str, Any]) -> str:
-    """The plan as one line of GiB in each phase and in the evaluation, worked out from sizes."""
+    """The plan as one line: GiB in each phase and in the evaluation, estimated from sizes."""
     mesh = " x ".join(f"{axis} {size}" for axis, size in found["mesh"].items())
     held = {one.get("phase") or one["program"]: one["memory_bytes"] for one in (*found["phases"], *found["programs"])}
     names = ("prefill", "decode", "reference", "update", "evaluation")
@@ -71,7 +71,7 @@ def estimated_row(found: dict[str, Any]) -> str:
 def main(words: list[str] | None = None) -> list[dict[str, Any]]:
     """Compile all plans and print two tables and the versions."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", help="of configs, without .yaml; all where none is given")
+    parser.add_argument("names", nargs="*", help="configs, without .yaml (default: all)")
     parser.add_argument("--estimate", action="store_true", help="compile nothing")
     parser.add_argument("--json", type=Path, help="also write the plans to this file")
     options = parser.parse_args(words)

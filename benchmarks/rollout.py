@@ -1,13 +1,13 @@
-"""How fast completions are written: our engine beside transformers' generate and Tunix's sampler.
+"""Speed of sampling: our engine compared with transformers' generate and Tunix's sampler.
 
     python benchmarks/rollout.py --workload W1 W2 --trl-python ../trl/bin/python --tunix-python ../tunix/bin/python
     python benchmarks/rollout.py --workload --skewed
     python benchmarks/rollout.py --workload --prompt 1024 --samples 16
 
-All projects have the same weights (float32), the same prompts, and write the same number of tokens by plain sampling at
-temperature 1. They are warmed up, then timed in turn. The share of the matrix limit is what a rollout would take if it
-multiplied by the weights and did nothing else, at the rate that this machine has for these shapes in the same run,
-and at its best rate for a large square product.
+All projects have the same weights (float32) and prompts, and sample the same number of tokens at temperature 1. They
+are warmed up, then timed in turn. The share of the matrix limit is the time of only the products with the weights,
+relative to the time of the rollout: at the rate of this machine for these shapes, measured in the same run, and at its
+best rate for a large square product.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ SLOTS = 16
 
 
 def compared(workload: Workload, pythons: Mapping[str, str], repetitions: int) -> dict[str, Any]:
-    """The figures of one workload: one entry for each project, and what the machine can do."""
+    """The figures of one workload: one entry per project, and the machine's rates."""
     length = workload.completion_tokens
     with (
         workers("rollout", workload, pythons) as projects,
@@ -55,7 +55,7 @@ def compared(workload: Workload, pythons: Mapping[str, str], repetitions: int) -
         for worker in projects.values():
             worker.laps.clear()
         request = {"rows": workload.prompts * workload.samples, "times": max(1, length // 4), "side": 2048}
-        for _ in range(repetitions):  # what the machine can do is asked between the laps: it changes with its load
+        for _ in range(repetitions):  # the machine's rate is measured between the laps, since it changes with the load
             alternating([*projects.values()], {"completion_tokens": length}, 1)
             others[OURS].lap(**request)
         whole = {name: list(worker.laps) for name, worker in projects.items()}
@@ -63,7 +63,7 @@ def compared(workload: Workload, pythons: Mapping[str, str], repetitions: int) -
         first = {name: worker.laps[repetitions:] for name, worker in projects.items()}
         for name, laps in whole.items():
             if any(lap["tokens"] != workload.tokens for lap in laps):
-                raise RuntimeError(f"{name} wrote {laps[0]['tokens']} tokens and not {workload.tokens}")
+                raise RuntimeError(f"{name} sampled {laps[0]['tokens']} tokens and not {workload.tokens}")
         rates = others[OURS].laps
         return {
             "versions": versions_of(projects),
@@ -109,13 +109,13 @@ def print_compared(console: Console, name: str, workload: Workload, found: Mappi
 
 
 def skewed_lengths(requests: int, short: int, long: int, share: float) -> list[int]:
-    """Most short, some long, in an order that knows nothing of it."""
+    """Lengths of requests in random order: most short, some long."""
     drawn = np.random.default_rng(0).random(requests) < share
     return np.where(drawn, long, short).tolist()
 
 
 def skewed(workload: Workload, python: str, options: argparse.Namespace) -> dict[str, Any]:
-    """The same engine with slots and in batches of as many rows, on requests of very different lengths."""
+    """The same engine with slots, and in batches of as many rows, on requests of very different lengths."""
     lengths = skewed_lengths(options.requests, options.short, options.long, options.long_share)
     workload = replace(workload, prompts=options.requests // workload.samples, completion_tokens=max(lengths))
     with (
@@ -203,8 +203,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     made.add_argument("--slots", type=int, default=SLOTS, help=f"of --skewed (default: {SLOTS})")
     made.add_argument("--short", type=int, default=20, help="most lengths of --skewed (default: 20)")
     made.add_argument("--long", type=int, default=200, help="the other lengths of --skewed (default: 200)")
-    made.add_argument("--long-share", type=float, default=0.1, help="how many are long (default: 0.1)")
-    made.add_argument("--prompt", type=int, default=None, help="time the prefill of a prompt of so many tokens")
+    made.add_argument("--long-share", type=float, default=0.1, help="share of long ones (default: 0.1)")
+    made.add_argument("--prompt", type=int, default=None, help="time the prefill of a prompt of this length")
     made.add_argument("--samples", type=int, default=16, help="completions of that prompt (default: 16)")
     made.add_argument("--of", choices=WORKLOADS, default="W1", help="model of --skewed and --prompt (default: W1)")
     options = made.parse_args(arguments)

@@ -1,10 +1,10 @@
-"""What isolation costs: ordinary programs in the sandbox and in a plain subprocess of Python, side by side.
+"""The cost of isolation: ordinary programs in the sandbox, compared with a plain subprocess of Python.
 
     python benchmarks/sandbox.py
     python benchmarks/sandbox.py --repetitions 50
 
-Each program is run both ways in turn. Medians of wall seconds, one program at a time; the last column is what the
-sandbox takes of what `subprocess.run([python, "-I", program])` takes.
+Each program is run in both ways alternately. Medians of wall seconds, one program at a time; the last column is the
+time in the sandbox relative to `subprocess.run([python, "-I", program])`.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ STDIN = "1 2 3\n"
 
 
 def plain(source: str) -> None:
-    """The program in a subprocess, from a file in a fresh folder, as graders without a sandbox do it."""
+    """Run the program in a subprocess, from a file in a fresh folder, like a grader without a sandbox."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "program.py").write_text(source)
         subprocess.run(
@@ -78,7 +78,7 @@ def main() -> None:
         for repetition in range(repetitions + 1):
             for does, laps in times.items():
                 lap = seconds(does, source)
-                laps += [lap] if repetition else []  # the first is to warm up
+                laps += [lap] if repetition else []  # the first one is a warm-up
         bare, boxed = (1000 * statistics.median(laps) for laps in times.values())
         table.add_row(name, f"{bare:.1f}", f"{boxed:.1f}", f"{boxed / bare:.2f}")
     console.print(table)

@@ -1,8 +1,8 @@
-"""What the comparisons with other projects share: workloads, one set of weights, workers that are timed in turn.
+"""Shared parts of the comparisons with other projects: workloads, weights, and workers that are timed in turn.
 
-Each project runs in a process of its own that stays alive, under the interpreter of the environment where it is
-installed. Nobody runs while another one is timed, and repetitions alternate (A B C A B C), so that whatever else the
-machine does disturbs all alike. Ratios within one run are what counts.
+Each project runs in its own long-lived process, with the interpreter of the environment where it is installed. Only one
+worker runs at a time, and repetitions alternate (A B C A B C), so that other load on the machine affects all equally.
+Compare ratios within one run.
 """
 
 from __future__ import annotations
@@ -33,25 +33,25 @@ ROOT = Path(__file__).parents[1]
 WORKERS = Path(__file__).parent / "workers"
 OURS, TRANSFORMERS, TUNIX = "jaxrl_llm", "transformers", "tunix"
 SCRIPTS = {OURS: "with_jaxrl_llm.py", TRANSFORMERS: "with_transformers.py", TUNIX: "with_tunix.py"}
-# A program that is read back from a store was not compiled; on a GPU the workers share the memory.
+# No compilation cache, so that compilation is timed; no preallocation, since workers share the memory of a GPU.
 COMPILES = {"JAX_ENABLE_COMPILATION_CACHE": "false", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-# What the C library gives back to the system it must be given again page by page. That is a fifth of torch's update.
+# Memory that the C library returns to the system is allocated again page by page, which is a fifth of torch's update.
 KEEPS_MEMORY = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}
 ENVIRONMENTS = {OURS: COMPILES, TRANSFORMERS: KEEPS_MEMORY, TUNIX: COMPILES}
 
 
 @dataclass(frozen=True)
 class Workload:
-    """A model in the form of Qwen3, and what is to be written with it.
+    """A model of the Qwen3 architecture, and the sizes of a rollout and a training step.
 
     Attributes:
       vocabulary, width, layers, heads, kv_heads, head_width, mlp_width: sizes of the model.
-      prompts, prompt_length: what a rollout starts from.
+      prompts, prompt_length: number and length of the prompts.
       samples: completions of each prompt.
-      completion_tokens: of each completion; nothing ends earlier.
+      completion_tokens: length of each completion; none ends earlier.
       clip, kl, learning_rate: of the training step.
       dtype: of parameters, moments and products.
-      settings: further ones of single workers.
+      settings: settings for single workers.
     """
 
     vocabulary: int = 4096
@@ -73,7 +73,7 @@ class Workload:
 
     @property
     def tokens(self) -> int:
-        """What one rollout writes."""
+        """Tokens that one rollout samples."""
         return self.prompts * self.samples * self.completion_tokens
 
     @property
@@ -82,18 +82,18 @@ class Workload:
         sizes = {
             name: getattr(self, name) for name in ("width", "layers", "heads", "kv_heads", "head_width", "mlp_width")
         }
-        # Qwen3's base, and the only one that Tunix's Qwen3 has.
+        # The rotary base of Qwen3, which is fixed in Tunix.
         dtypes = {"parameter_dtype": self.dtype, "compute_dtype": self.dtype}
         return TransformerConfig(vocabulary_size=self.vocabulary, rope_base=1e6, **sizes, **dtypes)
 
     def described(self) -> dict[str, Any]:
-        """For workers, with the tokens of the prompts."""
+        """The workload as JSON for workers, with the tokens of the prompts."""
         drawn = np.random.default_rng(0).integers(1, self.vocabulary, (self.prompts, self.prompt_length))
         return {**asdict(self), **self.settings, "prompt_tokens": drawn.tolist()}
 
 
 WORKLOADS = {
-    # Our step differentiates few enough rows together for the caches of a CPU, and for its memory.
+    # The microbatch of our step fits the caches and the memory of a CPU.
     "W1": Workload(settings={"sequences_per_microbatch": 16}),
     "W2": Workload(
         width=512,
@@ -139,8 +139,8 @@ class Worker:
     """A process that does one job (see workers/laps.py).
 
     Attributes:
-      ready: what it said when it was ready.
-      laps: its answers, one a lap.
+      ready: its first answer, when it is ready.
+      laps: its answers, one per lap.
     """
 
     def __init__(
@@ -166,7 +166,7 @@ class Worker:
         self.ready = self._answer()
 
     def lap(self, **request: Any) -> dict[str, Any]:
-        """Have it run once; what it answers, with its seconds."""
+        """Run one lap, and return the answer with its seconds."""
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
@@ -192,7 +192,7 @@ class Worker:
 
 
 def parser(description: str | None, repetitions: int = 5) -> argparse.ArgumentParser:
-    """The arguments that the comparisons share."""
+    """The shared arguments of the comparisons."""
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument(
         "--workload", nargs="*", choices=WORKLOADS, default=["W1", "W2"], help="what to time (default: W1 W2)"
@@ -213,12 +213,12 @@ def parser(description: str | None, repetitions: int = 5) -> argparse.ArgumentPa
 
 
 def peers(options: argparse.Namespace, console: Console) -> dict[str, str]:
-    """The interpreter of each project that takes part, ours first."""
+    """The interpreter of each compared project, ours first."""
     found = {OURS: sys.executable}
     asked = ((TRANSFORMERS, "trl", options.trl_python), (TUNIX, "tunix", options.tunix_python))
     for project, package, python in asked:
         if not python:
-            console.print(f"{project} is left out: give --{package}-python, an interpreter that can import {package}")
+            console.print(f"{project} is omitted: give --{package}-python, an interpreter that can import {package}")
         elif subprocess.run([python, "-c", f"import {package}"], capture_output=True).returncode:
             console.print(f"{project} is left out: {python} cannot import {package}")
         else:
@@ -228,7 +228,7 @@ def peers(options: argparse.Namespace, console: Console) -> dict[str, str]:
 
 @contextmanager
 def exported(workload: Workload) -> Iterator[Path]:
-    """A directory with the weights of a workload, as transformers reads them."""
+    """A directory with the weights of a workload in the format of transformers."""
     with tempfile.TemporaryDirectory() as directory:
         weights = Path(directory) / "weights"
         model = transformer(workload.config)
@@ -238,7 +238,7 @@ def exported(workload: Workload) -> Iterator[Path]:
 
 @contextmanager
 def workers(what: str, workload: Workload, pythons: Mapping[str, str]) -> Iterator[dict[str, Worker]]:
-    """A worker for each project, ready, all with the same weights."""
+    """A context with a ready worker for each project, all with the same weights."""
     with exported(workload) as weights, ExitStack() as stack:
         made = {}
         for project, python in pythons.items():
@@ -266,7 +266,7 @@ def median_of(laps: Sequence[Mapping[str, Any]], name: str = "seconds") -> float
 
 
 def machine() -> dict[str, Any]:
-    """When and where this runs, and how busy it is."""
+    """Date, cores, load and versions of this machine."""
     return {
         "date": datetime.date.today().isoformat(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -286,7 +286,7 @@ def shown(console: Console, title: str, rows: Sequence[Mapping[str, str]], note:
 
 
 def note_on(found: Mapping[str, Any]) -> str:
-    """What the machine can do, and who took part."""
+    """A note with the machine's rates and the compared versions."""
     rates = [f"{found[name] / 1e9:.0f} GFLOP/s" for name in ("rate_at_shape", "rate_square")]
     packages = ", ".join(f"{package} {version}" for package, version in found["versions"].items())
     limit = f"{rates[0]} (products with the weights at the batch of the rollout) / {rates[1]} (a large square product)"
@@ -294,13 +294,13 @@ def note_on(found: Mapping[str, Any]) -> str:
 
 
 def written(path: Path | None, figures: Any) -> None:
-    """Keep the figures."""
+    """Write the figures as JSON."""
     if path is not None:
         path.write_text(json.dumps(figures, indent=1) + "\n")
 
 
 def versions_of(workers: Mapping[str, Worker]) -> dict[str, str]:
-    """Of all that took part, by package and project."""
+    """Versions of all compared projects, by package and project."""
     return {
         (name if name == project else f"{name} ({project})"): version
         for project, worker in workers.items()

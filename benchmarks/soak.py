@@ -1,12 +1,11 @@
-"""Run after run in one process: its memory, descriptors, threads and child processes must not grow.
+"""Many runs in one process: its memory, descriptors, threads and child processes must not grow.
 
     python benchmarks/soak.py --minutes 120 [CONFIG [section.key=value ...]]
 
-Each round trains a small run from its first step to its last (asynchronous checkpoints, evaluation, samples, a reward
-in a process of its own) in a fresh directory and lets jax forget its programs. A line a round says what is held after
-it. The first rounds fill allocators and caches and are left out: memory is compared between the median of the rounds
-after a fifth of the time and that of the last fifth. Exit status 1 where memory grew by more than 2% or anything else
-is left.
+Each round trains a small run from start to end (asynchronous checkpoints, evaluation, samples, a reward in a separate
+process) in a fresh directory and clears jax's compiled programs. A line per round has the resources held after it. The
+first rounds, which fill allocators and caches, are omitted: the median memory of the rounds after a fifth of the time
+is compared with that of the last fifth. Exit status 1 if memory grew by more than 2% or other resources remain.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ SMALL = [
     *("warm_start.steps=10", "training.steps=10", "checkpoints.every_steps=2", "evaluation.problems=16"),
     *("evaluation.every_steps=4", "reporting.samples_every_steps=3", "task.train_items=256"),
 ]
-REWARD = '''"""A reward of text, in a process of its own."""
+REWARD = '''"""A reward of text, called in a separate process."""
 
 
 def digits(completions):
@@ -45,7 +44,7 @@ FIELDS = ("mib", "descriptors", "threads", "children")
 
 
 def held() -> dict[str, float]:
-    """What this process holds: resident memory in MiB after a collection, open files, threads, live children."""
+    """Resources of this process: resident memory in MiB after garbage collection, open files, threads, children."""
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     pages = int(Path("/proc/self/statm").read_text().split()[1])
@@ -86,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     grew = {name: [statistics.median(one[name] for one in some) for some in (early, late)] for name in FIELDS}
     for name, (before, after) in grew.items():
         print(f"{name:12s} {before:10.1f} -> {after:10.1f}")
-    # XLA's own threads come and go: they may be as many as they were at some time early on.
+    # XLA starts and ends threads itself: their number may be as large as in any early round.
     left = [name for name in FIELDS[1:] if grew[name][1] > max(one[name] for one in early)]
     return int(grew["mib"][1] > 1.02 * grew["mib"][0] or bool(left))
 

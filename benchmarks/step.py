@@ -1,11 +1,11 @@
-"""What one step of GRPO takes: ours beside TRL's GRPOTrainer and Tunix's GRPOLearner.
+"""Time of one step of GRPO: ours compared with TRL's GRPOTrainer and Tunix's GRPOLearner.
 
     python benchmarks/step.py --workload W1 W2 --trl-python ../trl/bin/python --tunix-python ../tunix/bin/python
 
 A step is rollout, reward, reference log-probabilities, and one update with clip and KL. All projects have the same
-weights (float32), the same prompts, reward, optimiser and coefficients, and write completions of full length. They run
-in their fastest settings, in turn. The first step and what comes before it in the program, compilation included, is
-reported apart; one more step is not timed.
+weights (float32), prompts, reward, optimiser and coefficients, and sample completions of full length. They run in turn,
+in their fastest settings. The time until the end of the first step, including compilation, is reported separately; one
+more step is not timed.
 """
 
 from __future__ import annotations
@@ -34,14 +34,15 @@ from side_by_side import (
 
 
 def step_flops(workload: Workload, flops_per_token: float) -> float:
-    """Products with the weights that a step needs at its least: each prompt once, each completion token as often as it
-    is written, scored by the reference, and differentiated (forward, and twice that backward)."""
+    """Least operations of a step in products with the weights: each prompt once; each completion token sampled, scored
+    by the reference, and differentiated (a forward pass, and a backward pass of twice its operations).
+    """
     prompt = workload.prompts * workload.prompt_length
     return flops_per_token * (workload.tokens * (1 + 1 + 3) + prompt * (1 + 1 + 3))
 
 
 def compared(workload: Workload, pythons: Mapping[str, str], repetitions: int) -> dict[str, Any]:
-    """The figures of one workload: one entry for each project, and what the machine can do."""
+    """The figures of one workload: one entry per project, and the machine's rates."""
     with (
         workers("step", workload, pythons) as projects,
         workers("matrices", workload, {OURS: pythons[OURS]}) as others,
@@ -54,7 +55,9 @@ def compared(workload: Workload, pythons: Mapping[str, str], repetitions: int) -
         laps = {name: worker.laps[2:] for name, worker in projects.items()}
         for name, timed in laps.items():
             if any(lap["tokens"] != workload.tokens for lap in timed):
-                raise RuntimeError(f"{name} wrote {[lap['tokens'] for lap in timed]} tokens and not {workload.tokens}")
+                raise RuntimeError(
+                    f"{name} sampled {[lap['tokens'] for lap in timed]} tokens and not {workload.tokens}"
+                )
         rates = others[OURS].laps
         return {
             "versions": versions_of(projects),

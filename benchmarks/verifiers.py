@@ -1,11 +1,11 @@
-"""Throughput of what reads completions: verifiers of text and mathematics, and a judge behind an endpoint.
+"""Throughput of rewards that read text: verifiers of text and mathematics, and a judge at an endpoint.
 
     python benchmarks/verifiers.py
     python benchmarks/verifiers.py --completions 512 --characters 2000   # a quick look
 
-Completions are reasoning of so many characters with tags and a LaTeX answer, right or wrong, in groups of eight; one of
-them would keep a computer algebra system busy for ever. The judge is the stand-in of docs/examples with a latency; its
-second epoch asks what was asked before.
+Completions have reasoning of the given length with tags and a LaTeX answer, right or wrong, in groups of eight. One of
+them has an answer that a computer algebra system would evaluate without end. The judge is the example server of
+docs/examples with a latency; its second epoch repeats the requests of the first.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ WORDS = (
 
 
 def completions(count: int, characters: int, seed: int = 0) -> tuple[list[str], list[str]]:
-    """(completions, reference answers): half of the answers are right, in another form than the reference."""
+    """(completions, reference answers); half of the answers are right, written differently from the reference."""
     rng, texts, answers = random.Random(seed), [], []
     for number in range(count):
         problem = random.Random(number // 8)
@@ -60,7 +60,7 @@ def completions(count: int, characters: int, seed: int = 0) -> tuple[list[str], 
 
 
 def timed(call: Callable[[], Any]) -> tuple[float, Any]:
-    """(seconds of wall time, what it returned)."""
+    """(seconds of wall time, result of the call)."""
     began = time.perf_counter()
     found = call()
     return time.perf_counter() - began, found
@@ -83,7 +83,7 @@ def main(given: list[str] | None = None) -> int:
     seconds, found = timed(lambda: rewards.tag_format(texts))
     row("tag_format", len(texts), seconds, f"mean {sum(found) / len(found):.3f}")
     total = seconds
-    rewards.latex_match([r"\boxed{\sqrt{8}}"], [r"2\sqrt{2}"])  # the processes have started
+    rewards.latex_match([r"\boxed{\sqrt{8}}"], [r"2\sqrt{2}"])  # starts the processes
     seconds, found = timed(lambda: rewards.latex_match(texts, answers))
     row("latex_match", len(texts), seconds, f"mean {sum(found) / len(found):.3f}; endless: {found[len(texts) // 2]:g}")
     row("both", len(texts), total + seconds, "60 s is the bar" if options.completions == 4096 else "")
@@ -93,7 +93,7 @@ def main(given: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         described = served.described(concurrency=options.concurrency, cache=str(Path(folder) / "answers.sqlite"))
         for epoch in ("first", "second"):
-            rate = rewards.judge_rating(judge=described)  # made anew, as by another run
+            rate = rewards.judge_rating(judge=described)  # a new one, as in another run
             data = {"prompts": [""] * len(judged), "answers": [""] * len(judged), "completions": judged}
             seconds, _ = timed(lambda rate=rate, data=data: rate(**data))
             least = len(judged) * options.latency / options.concurrency

@@ -1,12 +1,12 @@
-"""What a divergence over the whole vocabulary costs: time and memory of the update step with and without it.
+"""The cost of a divergence over the whole vocabulary: time and memory of the update step with and without it.
 
     python benchmarks/vocabulary_divergence.py --vocabulary 32000 --width 256 --layers 4 --json costs.json
 
 One update of random experience is timed: without a divergence, with one estimated on samples (reference
-log-probabilities given), exact over the vocabulary, and over the top k. The last two also run the reference, whose
-forward pass is timed on its own: no divergence can do without it, and a sampled one has it run before the update.
-Repetitions alternate between the cases, and ratios are medians over repetitions, so a neighbour on the machine disturbs
-all cases alike.
+log-probabilities given), exact over the vocabulary, and over the top k. The last two include the forward pass of the
+reference, which is also timed separately: every divergence needs it, but a sampled one runs it before the update.
+Repetitions alternate between the cases, and ratios are medians over repetitions, so other load on the machine affects
+all cases equally.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ SAMPLES_PER_PROMPT = 2
 
 
 def random_experience(rows: int, prompt_tokens: int, completion_tokens: int, vocabulary: int) -> Experience:
-    """Full-length rows with advantages and log-probabilities that a step would have filled in."""
+    """Full-length rows with random advantages and log-probabilities."""
     rng = np.random.default_rng(0)
     shape = (rows, completion_tokens)
     drawn = lambda *size: jnp.asarray(rng.integers(0, vocabulary, size), jnp.int32)  # noqa: E731
@@ -93,7 +93,7 @@ def update_of(model: Model, options: dict[str, Any] | None, microbatch: int | No
 
 
 def reference_pass(model: Model) -> Callable:
-    """The reference's part of an exact divergence at its least: hidden states, scores, log-softmax, once."""
+    """The necessary operations of the reference in an exact divergence: hidden states, logits, log-softmax, once."""
 
     def run(params, reference_params, rows: Experience):
         hidden = predicting_hidden(
@@ -105,13 +105,13 @@ def reference_pass(model: Model) -> Callable:
 
 
 def array_sizes(program: str | None) -> set[int]:
-    """Elements of every array that a compiled program's text mentions."""
+    """Numbers of elements of all arrays in the text of a compiled program."""
     shapes = re.findall(r"\b(?:pred|bf16|f8\w*|[fsuc]\d+)\[([\d,]*)\]", program or "")
     return {math.prod(map(int, filter(None, shape.split(",")))) for shape in set(shapes)}
 
 
 def measured(programs: dict[str, Any], arguments: tuple, repetitions: int) -> dict[str, list[float]]:
-    """Seconds of each repetition of each compiled program; one repetition of all, then the next."""
+    """Seconds of each repetition of each compiled program; repetitions alternate between the programs."""
     seconds: dict[str, list[float]] = {name: [] for name in programs}
     for repetition in range(repetitions + 1):
         names = list(programs) if repetition % 2 else list(programs)[::-1]
@@ -167,7 +167,7 @@ def benchmark(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def printed(table: list[dict[str, Any]]) -> str:
-    """The table as text. What an exact divergence adds is also told apart from the reference pass that any KL needs."""
+    """The table as text; it also has the time of an exact divergence without the reference pass that any KL needs."""
     share = next(row["ratio"] for row in table if row["case"] == REFERENCE)
     lines = [f"{'update step':<26}{'seconds':>9}{'adds':>8}{'less reference':>16}{'temporary':>12}{'[B, T, V]':>11}"]
     for row in table:
@@ -193,7 +193,7 @@ def main(arguments: list[str] | None = None) -> None:
         ("rows", 16, "sequences in the batch"),
         ("prompt-tokens", 16, "prompt tokens of a sequence"),
         ("completion-tokens", 128, "completion tokens of a sequence"),
-        ("top-k", 64, "symbols that the top-k divergence keeps"),
+        ("top-k", 64, "tokens of the top-k divergence"),
         ("repetitions", 5, "timed repetitions of each case"),
     ]:
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{meaning} (default: {default})")

@@ -6,7 +6,8 @@ import re
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
-from formulas import Item, items, joined, latex
+from formula_items import Item, joined
+from formulas import items, latex
 
 WIDE = 80  # characters of plain text from which a line of several statements is broken
 REMARK = 44  # characters up to which a remark stands beside its formula rather than below

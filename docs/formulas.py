@@ -1,101 +1,35 @@
-"""Formulas as docstrings write them, in plain text -> LaTeX.
+"""Plain-text formulas of docstrings -> LaTeX.
 
     A = (r - mean_group) / (std_group + eps)
 
-reads well in a terminal and becomes a fraction on a page. The rules: a slash between spaces is a fraction and a tight
-one stays a slash; `_` and `^` are scripts; `|x|` is an absolute value, `p || q` a divergence's bar; `C(n, k)` is a
-binomial; words are upright; names that the caller knows to be code are set in a typewriter face.
+is readable in a terminal and becomes a fraction on a page. The rules: a slash between spaces is a fraction, and one
+without spaces stays a slash; `_` and `^` are scripts; `|x|` is an absolute value, `p || q` the bar of a divergence;
+`C(n, k)` is a binomial; words are upright; names in `code` are set in a typewriter face.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Collection
-from typing import Literal, NamedTuple
 
-GREEK = {
-    name: rf"\{name}"
-    for name in (
-        *("alpha", "beta", "gamma", "delta", "eta", "lambda", "mu", "nu", "phi", "pi", "psi", "rho", "sigma", "tau"),
-        *("omega", "theta", "Omega", "Delta", "Phi"),
-    )
-} | {"eps": r"\varepsilon", "epsilon": r"\varepsilon", "lam": r"\lambda"}
-# Functions that LaTeX knows, and others that are set upright. Without parentheses they apply to what follows.
-FUNCTIONS = {name: rf"\{name}" for name in ("log", "exp", "max", "min", "tanh", "cos", "sin")} | {
-    "sum": r"\sum",
-    "log2": r"\log_2",
-    "grad": r"\nabla",
-}
-UPRIGHT = frozenset({"mean", "std", "median", "KL"})
-SCRIPTED = frozenset({*GREEK, *FUNCTIONS, *UPRIGHT})
-JOINING = frozenset(
-    {
-        *("a", "and", "as", "at", "by", "each", "else", "elsewhere", "for", "from", "if", "in", "is", "its", "not"),
-        *("of", "on", "or", "over", "right", "so", "than", "that", "the", "to", "under", "where", "which", "with"),
-        *("without", "wrong"),
-    }
-)
-LOGICAL = frozenset({"where", "if", "else", "and", "or"})
-OPERATORS = {
-    "<-": r"\leftarrow",
-    "->": r"\to",
-    ">=": r"\ge",
-    "<=": r"\le",
-    "!=": r"\ne",
-    "==": "=",
-    "||": r"\,\Vert\,",
-    "+-": r"\pm",
-    "*": r"\cdot",
-    "<": r"\lt",
-    ">": r"\gt",
-    "~": r"\sim",
-} | {sign: sign for sign in "+-=:"}
-BRACKETS = {"(": ("(", ")"), "[": ("[", "]"), "{": (r"\{", r"\}"), "|": (r"\lvert", r"\rvert")}
-CLOSING = {"(": ")", "[": "]", "{": "}", "|": "|"}
-
-_TOKEN = re.compile(
-    r"""(?P<space>\s*)(?:
-      (?P<number>\d+(?:\.\d+)?(?:[eE][+-]?\d+)?%?)
-    | (?P<word></?[a-z]+>|[A-Za-z]+@\w+|[A-Za-z]+(?:-[A-Za-z]{2,})+(?![A-Za-z])|[A-Za-z]{2,}'s\b
-        |[A-Za-z][A-Za-z0-9]*(?:_[A-Za-z0-9]+)*)
-    | (?P<sign><-|->|>=|<=|!=|==|\|\||\+-|\*\*|[-+*/=<>~^_'(){}\[\]|,;:.!?\#`])
-    | (?P<other>\S)
-    )""",
-    re.X,
+from formula_items import Item, bare, escaped, joined, number, plain, subscript, typewriter, with_prose
+from formula_tokens import (
+    BRACKETS,
+    CLOSING,
+    FUNCTIONS,
+    GREEK,
+    JOINING,
+    LOGICAL,
+    OPERATORS,
+    SCRIPTED,
+    UPRIGHT,
+    Token,
+    tokens,
 )
 
 
 class FormulaError(ValueError):
     """A formula that cannot be translated; the message shows it."""
-
-
-class Token(NamedTuple):
-    """A piece of plain text, and whether a space stands before it."""
-
-    text: str
-    kind: str
-    spaced: bool
-
-
-class Item(NamedTuple):
-    """A translated piece: an atom (anything that an operator applies to), an operator, prose or punctuation."""
-
-    kind: Literal["atom", "prefix", "operator", "prose", "punctuation"]
-    text: str
-    spaced: bool
-
-
-def tokens(text: str) -> list[Token]:
-    """The pieces of a formula.
-
-    >>> [token.text for token in tokens("A_i <- 2 r_i")]
-    ['A_i', '<-', '2', 'r_i']
-    """
-    found = []
-    for match in _TOKEN.finditer(text.strip()):
-        kind = next(name for name in ("number", "word", "sign", "other") if match[name] is not None)
-        found.append(Token(match[kind], kind, bool(match["space"]) or not found))
-    return found
 
 
 def latex(text: str, code: Collection[str] = ()) -> str:
@@ -105,7 +39,7 @@ def latex(text: str, code: Collection[str] = ()) -> str:
     'A = \\frac{r - \\mathrm{mean}_{\\text{group}}}{\\mathrm{std}_{\\text{group}} + \\varepsilon}'
 
     Raises:
-      FormulaError: where a bracket has no partner or an operator no operand.
+      FormulaError: for an unmatched bracket, or an operator without an operand.
     """
     return joined(items(text, code))
 
@@ -115,42 +49,8 @@ def items(text: str, code: Collection[str] = ()) -> list[Item]:
     reader = _Reader(text, frozenset(code))
     found = reader.sequence(frozenset())
     if reader.here is not None:
-        raise FormulaError(f"formula {text!r} has a {reader.here.text!r} without a partner")
-    return _with_prose(found)
-
-
-def joined(pieces: list[Item]) -> str:
-    """LaTeX of translated pieces, with the spaces that LaTeX would not put there by itself."""
-    text, before = "", None
-    for number, item in enumerate(pieces):
-        after = pieces[number + 1] if number + 1 < len(pieces) else None
-        if item.kind == "prose":
-            left = " " if before is not None and before.kind in ("atom", "prefix") else ""
-            # A sign that follows a word such as "if" belongs to what comes after it.
-            joining = after is not None and after.kind == "operator" and item.text.split()[-1] in JOINING
-            right = " " if joining or (after is not None and after.kind in ("atom", "prefix")) else ""
-            text += rf"\text{{{left}{_escaped(item.text)}{right}}}"
-        elif item.kind == "operator":
-            text += f" {item.text} "
-        elif item.kind == "punctuation":
-            text += item.text + (r"\ " if after is not None and item.text in ",;" else " ")
-        else:
-            apart = before is not None and before.kind == "atom" and item.spaced
-            # LaTeX puts a space behind \log by itself, behind an upright word it does not.
-            upright = before is not None and before.kind == "prefix" and before.text.startswith(r"\mathrm")
-            bracket = item.text.startswith(("(", "[", r"\left"))
-            text += r"\," if apart or (upright and not bracket) else " "
-            text += item.text
-        before = item
-    return re.sub(r" {2,}", " ", text).strip()
-
-
-def _escaped(words: str) -> str:
-    return re.sub(r"([#%&$_{}])", r"\\\1", words)
-
-
-def _typewriter(name: str) -> str:
-    return rf"\mathtt{{{_escaped(name)}}}"
+        raise FormulaError(f"formula {text!r} has a {reader.here.text!r} without its counterpart")
+    return with_prose(found)
 
 
 class _Reader:
@@ -171,7 +71,7 @@ class _Reader:
     def take(self) -> Token:
         token = self.here
         if token is None:
-            raise FormulaError(f"formula {self.text!r} ends where something should follow")
+            raise FormulaError(f"formula {self.text!r} ends too early")
         self.position += 1
         return token
 
@@ -199,11 +99,11 @@ class _Reader:
         return found
 
     def _ends(self, token: Token, until: frozenset[str], found: list[Item]) -> bool:
-        # A bar closes only after an operand; before one it opens an absolute value within.
+        # A bar after an operand closes; otherwise it opens a nested absolute value.
         return token.text in until and (token.text != "|" or (bool(found) and found[-1].kind != "operator"))
 
     def _is_sign(self, found: list[Item]) -> bool:
-        """Whether + or - stands before its only operand, as in `has -1`."""
+        """Whether + or - is unary, as in `has -1`."""
         token, after = self.here, self.ahead()
         alone = token is not None and token.spaced and after is not None and not after.spaced
         return alone and bool(found) and found[-1].kind in ("atom", "prose")
@@ -222,20 +122,20 @@ class _Reader:
     def _division(self, found: list[Item]) -> None:
         slash = self.take()
         if not found or found[-1].kind not in ("atom", "prose"):
-            raise FormulaError(f"formula {self.text!r} divides nothing")
+            raise FormulaError(f"formula {self.text!r} has a '/' without a numerator")
         over = found.pop()
         while over.kind == "prose" and found and found[-1].kind == "prose":
             above = found.pop()
             over = Item("prose", f"{above.text} {over.text}", above.spaced)
         if not slash.spaced:
             under = self.operand()
-            found.append(Item("atom", f"{_plain(over)} / {_plain(under)}", over.spaced))
+            found.append(Item("atom", f"{plain(over)} / {plain(under)}", over.spaced))
             return
         under = self.operand()
         while under.kind == "prose" and self.here is not None and self.here.kind == "word":
             token = self.take()
             under = Item("prose", f"{under.text} {token.text}", under.spaced)
-        found.append(Item("atom", rf"\frac{{{_bare(over)}}}{{{_bare(under)}}}", over.spaced))
+        found.append(Item("atom", rf"\frac{{{bare(over)}}}{{{bare(under)}}}", over.spaced))
 
     def operand(self) -> Item:
         """The atom after an operator; a function without parentheses takes the next atom along, a number its letter."""
@@ -250,13 +150,13 @@ class _Reader:
     def atom(self) -> Item:
         token = self.take()
         if token.kind == "number":
-            base = Item("atom", _number(token.text), token.spaced)
+            base = Item("atom", number(token.text), token.spaced)
         elif token.kind == "word":
             base = self.word(token)
         elif token.text in BRACKETS:
             base = Item("atom", self.bracketed(token.text), token.spaced)
         elif token.text == "#":
-            counted = self.bracketed(self.take().text) if self._opens() else _plain(self.atom())
+            counted = self.bracketed(self.take().text) if self._opens() else plain(self.atom())
             base = Item("atom", rf"\#{counted}", token.spaced)
         elif token.text == ".":
             base = Item("atom", r"\cdot", token.spaced)
@@ -264,15 +164,15 @@ class _Reader:
             words = []
             while (inner := self.take()).text != "`":
                 words.append(inner.text)
-            base = Item("atom", _typewriter("".join(words)), token.spaced)
+            base = Item("atom", typewriter("".join(words)), token.spaced)
         else:
-            raise FormulaError(f"formula {self.text!r} has {token.text!r} where something else should stand")
+            raise FormulaError(f"formula {self.text!r} has {token.text!r} in an invalid place")
         return self.scripted(base)
 
     def bracketed(self, opening: str) -> str:
-        inside = _with_prose(self.sequence(frozenset({CLOSING[opening]})))
+        inside = with_prose(self.sequence(frozenset({CLOSING[opening]})))
         if self.here is None or self.here.text != CLOSING[opening]:
-            raise FormulaError(f"formula {self.text!r} has a {opening!r} without a partner")
+            raise FormulaError(f"formula {self.text!r} has a {opening!r} without its counterpart")
         self.take()
         left, right = BRACKETS[opening]
         body = joined(inside)
@@ -290,7 +190,7 @@ class _Reader:
             before = self.ahead(-2)
             applied = before is not None and before.text in ("grad", "log", "exp")
             if text in self.code and (scripts or applied or self._operand()):
-                return Item("atom", _typewriter(text), spaced)
+                return Item("atom", typewriter(text), spaced)
             if not scripts and self._compared():
                 return Item("atom", rf"\text{{{text}}}", spaced)
         if called and text in ("C", "sqrt", "floor", "ceil"):
@@ -303,29 +203,29 @@ class _Reader:
             if head not in SCRIPTED and len(head) > 1 and len(scripts) > 1:
                 head, scripts = "_".join([head, *scripts[:-1]]), scripts[-1:]
             base = FUNCTIONS.get(head) or self._symbol(head)
-            script = ",".join(_script(part) for part in scripts)
+            script = ",".join(subscript(part) for part in scripts)
             operator = head in FUNCTIONS or head in UPRIGHT
             return Item("prefix" if operator and not called else "atom", f"{base}_{{{script}}}", spaced)
         if scripts and not called:
-            return Item("atom", _typewriter(text), spaced)
+            return Item("atom", typewriter(text), spaced)
         if text in GREEK or (len(text) == 1 and not self._article()):
             return Item("atom", GREEK.get(text, text), spaced)
         if re.fullmatch(r"[A-Za-z]\d+", text):
             return Item("atom", f"{text[0]}_{{{text[1:]}}}", spaced)
         scripted = after is not None and not after.spaced and after.text == "_"
         if called or (scripted and text in UPRIGHT):
-            return Item("prefix" if scripted else "atom", rf"\mathrm{{{_escaped(text)}}}", spaced)
+            return Item("prefix" if scripted else "atom", rf"\mathrm{{{escaped(text)}}}", spaced)
         return Item("atom", rf"\text{{{text}}}", spaced) if scripted else Item("prose", text, spaced)
 
     def _symbol(self, name: str) -> str:
         if name in self.code or "_" in name:
-            return _typewriter(name)
+            return typewriter(name)
         if name in UPRIGHT:
             return rf"\mathrm{{{name}}}"
         return GREEK.get(name) or (name if len(name) == 1 else rf"\text{{{name}}}")
 
     def _operand(self) -> bool:
-        """Whether the word just taken stands between operators, brackets and commas: it is a variable then."""
+        """Whether the word just taken is between operators, brackets and commas, and thus a variable."""
         before, after = self.ahead(-2), self.here
         applied = before is not None and (before.text in FUNCTIONS or before.text.split("_")[0] in SCRIPTED)
         opened = before is None or (before.kind == "sign" and before.text not in ".:;)]}'`") or applied
@@ -333,7 +233,7 @@ class _Reader:
         return (opened and closed) or self._compared()
 
     def _compared(self) -> bool:
-        """Whether the word just taken stands between `where`, `and` or the like and an operator, on either side."""
+        """Whether the word just taken is between a word such as `where` or `and` and an operator, in either order."""
         before, after = self.ahead(-2), self.here
         if before is None or after is None:
             return False
@@ -341,7 +241,7 @@ class _Reader:
         return (before.text in LOGICAL and after.text in signs) or (before.text in signs and after.text in LOGICAL)
 
     def _ends_prose(self) -> bool:
-        """Whether the name of a function just taken is a word of a sentence, as in `max of` and `where the sum is`."""
+        """Whether the function name just taken is a word of a sentence, as in `max of` and `where the sum is`."""
         before, after = self.ahead(-2), self.here
         told = before is not None and before.kind == "word" and len(before.text) > 1 and before.text not in SCRIPTED
         if after is not None and after.kind == "word":
@@ -361,7 +261,7 @@ class _Reader:
         return after.text not in SCRIPTED and not (called is not None and called.text == "(" and not called.spaced)
 
     def _special(self, name: str) -> str:
-        """The functions that are not written as a name before parentheses."""
+        """The functions that LaTeX does not write as a name before parentheses."""
         self.take()
         arguments = [self.sequence(frozenset({","}))]
         while self.here is not None and self.here.text == ",":
@@ -371,7 +271,7 @@ class _Reader:
         if self.here is None or self.here.text != ")" or len(arguments) != wanted:
             raise FormulaError(f"formula {self.text!r} has a {name}( ) without its {wanted} argument(s)")
         self.take()
-        inside = [joined(_with_prose(argument)) for argument in arguments]
+        inside = [joined(with_prose(argument)) for argument in arguments]
         marks = {"sqrt": (r"\sqrt{", "}"), "floor": (r"\lfloor ", r" \rfloor"), "ceil": (r"\lceil ", r" \rceil")}
         if name == "C":
             return rf"\binom{{{inside[0]}}}{{{inside[1]}}}"
@@ -411,55 +311,5 @@ class _Reader:
             self.take()
             if after is None or after.spaced or after.kind not in ("number", "word"):
                 return token.text
-            return token.text + _plain(self.operand())
-        return _bare(self.operand())
-
-
-def _plain(item: Item) -> str:
-    return rf"\text{{{_escaped(item.text)}}}" if item.kind == "prose" else item.text
-
-
-def _bare(item: Item) -> str:
-    """An operand without the parentheses that a fraction bar or a raised position makes needless."""
-    text = _plain(item)
-    for left, right in ((r"\left(", r"\right)"), ("(", ")")):
-        if text.startswith(left) and text.endswith(right):
-            inside = text[len(left) : -len(right)]
-            if _balanced(inside):
-                return inside.strip()
-    return text
-
-
-def _balanced(text: str) -> bool:
-    depth = 0
-    for sign in re.findall(r"[()]", text):
-        depth += 1 if sign == "(" else -1
-        if depth < 0:
-            return False
-    return depth == 0
-
-
-def _number(text: str) -> str:
-    percent = r"\%" if text.endswith("%") else ""
-    mantissa, _, exponent = text.rstrip("%").lower().partition("e")
-    if not exponent:
-        return mantissa + percent
-    factor = "" if mantissa in ("1", "1.0") else rf"{mantissa} \times "
-    return f"{factor}10^{{{int(exponent)}}}{percent}"
-
-
-def _script(text: str) -> str:
-    if text in GREEK:
-        return GREEK[text]
-    return text if len(text) <= 2 or text.isdigit() else rf"\text{{{text}}}"
-
-
-def _with_prose(pieces: list[Item]) -> list[Item]:
-    """Neighbouring words as one piece of prose."""
-    merged: list[Item] = []
-    for item in pieces:
-        if item.kind == "prose" and merged and merged[-1].kind == "prose":
-            last = merged.pop()
-            item = Item("prose", f"{last.text} {item.text}", last.spaced)
-        merged.append(item)
-    return merged
+            return token.text + plain(self.operand())
+        return bare(self.operand())

@@ -177,11 +177,6 @@ def recipes_with(function: str) -> list[str]:
     return [entry["name"] for entry in recipes() if function in entry["functions"]]
 
 
-def is_recipe(name: str) -> bool:
-    """Whether a shipped recipe of a published method has this name."""
-    return any(entry["name"] == name for entry in recipes())
-
-
 def described_recipe(name: str) -> dict[str, Any]:
     """One recipe with the formulas of its functions, its entries and its text.
 

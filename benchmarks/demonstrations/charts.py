@@ -1,4 +1,4 @@
-"""Charts of demonstrations: curves of several variants and seeds, a chart for each panel."""
+"""Charts of demonstrations: curves of several variants and seeds, one chart per panel."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jaxrl_llm.reporting.report import COLOURS
 
 
 def drawn(found: dict[str, Any], file: Path) -> None:
-    """One chart a panel: the mean over seeds of each variant, the band from the lowest to the highest."""
+    """One chart per panel: the mean over seeds of each variant, with a band from the lowest to the highest seed."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 

@@ -1,16 +1,16 @@
-"""Credit inside a completion, shown on small runs with three seeds; docs/credit.md says what each shows.
+"""Demonstrations of credit within a completion, on small runs with three seeds; docs/credit.md has the results.
 
-    python benchmarks/demonstrations/credit.py            # all that is not measured yet
+    python benchmarks/demonstrations/credit.py            # all demonstrations without results
     python benchmarks/demonstrations/credit.py turns      # these
 
-gains          whether IGPO's gains find the call of the tool that brings the answer, before anything is learned
-contributions  what SPA-RL and LaRe hold each move in the grid to contribute, against what it does
-filler         a process reward model that overrates needless steps, under the sum and under the min form
+gains          whether IGPO's gains identify the tool call that returns the answer, before training
+contributions  contributions of moves in the grid as predicted by SPA-RL and LaRe, against the true ones
+filler         a process reward model that overrates unnecessary steps, with the sum and with the min form
 turns          EPO and MAPO against GRPO, on the grid
-durations      slow deals that a window of collection loses, with and without their weights
+durations      slow episodes that a collection window loses, with and without RL-MLE's weights
 likelihood     a reward without a verifier against the verifier, on modular chains
 
-Arms of one demonstration start from one warm-started policy and differ in what stands here alone. What is measured is
+All arms of a demonstration start from the same warm-started policy and differ only in the settings below. Results are
 written to docs/demonstrations/credit.json, with a plot of each.
 """
 
@@ -49,15 +49,15 @@ RESULTS = ROOT / "docs" / "demonstrations"
 
 curves.SMALL["calculator"] = {"task": {"levels": [1, 2]}, "prompt": 15, "stop": 0.3}
 ID = CharacterTokenizer().id
-# Finished runs of the cache are read instead of run again, for a demonstration that was interrupted.
+# Use finished runs of the cache, to continue an interrupted demonstration.
 KEEP = "--keep" in sys.argv
 
 
-# ---- what recipes name as python: -----------------------------------------------------------------------------------
+# ---- functions that recipes use by `python:` ------------------------------------------------------------------------
 
 
 def gain_auroc(turn_answer_logprobs, tokens, turn, source, length, answer_tokens, answer_length, weight):
-    """How well the gain of a call tells whether the tool returned the answer: area under the ROC curve over all calls.
+    """Area under the ROC curve, over all calls, of the gain as a predictor of whether the tool returned the answer.
 
     P(gain of a call that did > gain of one that did not) + P(both are equal) / 2.
     """
@@ -83,7 +83,7 @@ def gain_auroc(turn_answer_logprobs, tokens, turn, source, length, answer_tokens
 
 
 def contribution_correlations(contributions, turn_rewards, turn, mask, weight, solved):
-    """Pearson correlation over the moves of a batch with what each adds to the return, and with its progress alone."""
+    """Pearson correlations of contributions with the rewards of moves in the return, and with their progress only."""
     moves = contributions.shape[1]
     taken = at_turns(mask, turn, mask, moves)[1] & (weight > 0)[:, None]
     place = jnp.arange(moves)
@@ -99,8 +99,9 @@ def contribution_correlations(contributions, turn_rewards, turn, mask, weight, s
 
 
 def grid_factors(tokens, turn, length, answer_tokens, *, turns=10, size=4):
-    """Factors of each move that somebody has written down: what the grid answered, the letter, and by how much nearer
-    to the goal it led if there were no walls."""
+    """Hand-written features of each move: the observation, the letter, and the decrease of the distance to the goal
+    without walls.
+    """
     inside = jnp.arange(tokens.shape[1]) < length[:, None]
     before = jnp.pad(tokens[:, :-1], ((0, 0), (1, 0)))
 
@@ -123,7 +124,7 @@ def grid_factors(tokens, turn, length, answer_tokens, *, turns=10, size=4):
 
 
 def overrated(tokens, length, turn, demonstration_tokens, demonstration_length, *, max_turns=10, filler=0.6):
-    """A process reward model that finds every step fine: 1 for a right column, `filler` for all else."""
+    """A process reward model that overrates steps: 1 for a right column, `filler` for every other step."""
     right = rewards.reference_progress(
         tokens, length, turn, demonstration_tokens, demonstration_length, max_turns=max_turns
     )
@@ -136,7 +137,7 @@ def steps_taken(turn, length):
 
 
 def of_all_rows(turns, rewards):
-    """(turns, reward) of an episode, before the window takes rows away."""
+    """(turns, reward) of all episodes, before the window removes rows."""
     return turns.astype(jnp.float32).mean(), rewards.mean()
 
 
@@ -146,7 +147,7 @@ def of_all_rows(turns, rewards):
 def trained(
     name: str, arms: dict[str, dict[str, Any]], metrics: tuple[str, ...], seeds: int, *, steps: int = curves.STEPS
 ) -> dict[str, Any]:
-    """Curves of recipes, {arm: {metric: [a list of means a seed]}}; the first arm says where all start."""
+    """Curves of recipes, {arm: {metric: [list of means for each seed]}}; all start from the first arm's warm start."""
     cache, found = curves.cache_directory(), {}
     trees = {arm: curves.small(tree, steps) for arm, tree in arms.items()}
     first = next(iter(trees.values()))
@@ -177,7 +178,7 @@ def _verifier(tree: dict[str, Any]) -> list[Any]:
 
 
 def recipe(name: str, **changes: Any) -> dict[str, Any]:
-    """A shipped recipe with other entries."""
+    """A shipped recipe with changes."""
     return copy.deepcopy(read_tree(shipped.recipe_path(name))) | changes
 
 
@@ -202,7 +203,7 @@ def turns(seeds: int) -> dict[str, Any]:
 
 
 def durations(seeds: int) -> dict[str, Any]:
-    """RL-MLE's weights: what a window loses is made up for, or not, or there is no window."""
+    """Collection with a window and RL-MLE's weights, with a window without weights, and without a window."""
     measured = {"[metric/turns, metric/share]": {"python": "credit:of_all_rows"}}
     tree = recipe("rl_mle")
     window, weights, *rest = tree["credit"]
@@ -212,16 +213,16 @@ def durations(seeds: int) -> dict[str, Any]:
 
 
 def gains(seeds: int) -> dict[str, Any]:
-    """IGPO, whose first step is that of the policy that it starts from."""
+    """IGPO; its first step has the gains of the initial policy."""
     igpo = recipe("igpo")
     igpo["credit"] = [*igpo["credit"], {"metric/gain_auroc": {"python": "credit:gain_auroc"}}]
     return trained("gains", {"IGPO": igpo}, ("correct_share", "metric/gain_auroc"), seeds, steps=STEPS["gains"])
 
 
 def contributions(seeds: int) -> dict[str, Any]:
-    """A network that reads the text, and a small one that reads factors; both are told the return alone.
+    """A network on the text (SPA-RL), and a small one on features (LaRe), both trained on returns only.
 
-    Beside LaRe the policy stays as it is, so that what a move contributes does.
+    With LaRe the policy is frozen, so that the contributions of moves do not change.
     """
     measured = {"[metric/with_return, metric/with_progress]": {"python": "credit:contribution_correlations"}}
     text = recipe("spa_rl", environment={"potential": True})
@@ -241,7 +242,7 @@ def contributions(seeds: int) -> dict[str, Any]:
 
 
 def filler(seeds: int) -> dict[str, Any]:
-    """The same scores of steps, added up or in the min form; the verifier is only watched."""
+    """The same scores of steps, summed or in the min form; the verifier is only logged."""
     tree = read_tree(shipped.recipe_path("clip_delta"))
     scored = [{"turn": "separated_turns"}, {"turn_rewards": {"python": "credit:overrated"}}]
     measured = {"metric/steps": {"python": "credit:steps_taken"}}
@@ -259,7 +260,7 @@ def filler(seeds: int) -> dict[str, Any]:
     return trained("filler", arms, ("metric/steps", "correct_share", "completion_tokens"), seeds)
 
 
-STEPS = {"gains": 6}  # of others those of curves.py
+STEPS = {"gains": 6}  # others have the number of steps of curves.py
 DEMONSTRATIONS: dict[str, Callable[[int], dict[str, Any]]] = {
     "gains": gains,
     "contributions": contributions,
@@ -272,13 +273,13 @@ DEMONSTRATIONS: dict[str, Callable[[int], dict[str, Any]]] = {
 
 def main(given: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("names", nargs="*", help=f"of {', '.join(DEMONSTRATIONS)}; without any, what is not measured")
+    parser.add_argument("names", nargs="*", help=f"of {', '.join(DEMONSTRATIONS)} (default: those without results)")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--output", type=Path, default=RESULTS)
-    parser.add_argument("--keep", action="store_true", help="read runs that an interrupted call has finished")
+    parser.add_argument("--keep", action="store_true", help="use finished runs of an interrupted call")
     options = parser.parse_args(given)
     if unknown := [name for name in options.names if name not in DEMONSTRATIONS]:
-        parser.error(f"{unknown[0]} is no demonstration; there are {', '.join(DEMONSTRATIONS)}")
+        parser.error(f"{unknown[0]} is not a demonstration; there are {', '.join(DEMONSTRATIONS)}")
     if directory := compilation_cache_directory():
         jax.config.update("jax_compilation_cache_dir", str(directory))
     options.output.mkdir(parents=True, exist_ok=True)

@@ -1,11 +1,11 @@
-"""Three claims about supervision and reinforcement together, each on three seeds; docs/hybrids.md shows what came out.
+"""Three claims about combinations of supervision and reinforcement, on three seeds; docs/hybrids.md has the results.
 
     python benchmarks/demonstrations/hybrids.py --json docs/demonstrations/hybrids.json --plot docs/demonstrations
     python benchmarks/demonstrations/hybrids.py --only distillation --seeds 1
 
 distillation   a teacher of four layers, a student of two: steps to an accuracy, on-policy and by supervision
-relift         demonstrations that ReLIFT learns from, of those that supervision on the same prompts would use
-forgetting     what is left of an old task when a new one is learned by supervision, and by reinforcement
+relift         demonstrations used by ReLIFT, compared with supervision on the same prompts
+forgetting     accuracy on an old task while a new one is trained by supervision, and by reinforcement
 
 A run takes about a minute on one core. Accuracies are of sampled answers (temperature 1) to 256 held-out problems.
 """
@@ -47,17 +47,17 @@ HELD_OUT, BATCH = 256, 32
 
 
 def model_of(layers: int, width: int) -> Any:
-    """A transformer over the characters."""
+    """A transformer with the character vocabulary."""
     return transformer(TransformerConfig(TOKENIZER.vocabulary_size, width=width, layers=layers, heads=4, kv_heads=2))
 
 
 def adam(rate: float) -> optax.GradientTransformation:
-    """AdamW behind a norm of 1."""
+    """AdamW with gradients clipped to norm 1."""
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=0.95, weight_decay=0.0))
 
 
 class Problems:
-    """Problems of some levels of a task, as batches of prompts and of demonstrations, and an accuracy on others."""
+    """Problems of some levels of a task: batches of prompts and demonstrations, and accuracy on held-out problems."""
 
     def __init__(
         self, name: str, levels: Sequence[int], width: tuple[int, int], *, seed: int, count: int = 4000, **options
@@ -111,14 +111,14 @@ class Problems:
 
 
 def supervised(model: Any, rate: float, rows: int = BATCH) -> Any:
-    """A step that learns from written completions."""
+    """A step of supervised training on demonstrations."""
     return make_train_step(model, adam(rate), source=Written(rows), losses=[losses.negative_log_likelihood])
 
 
 def until(
     step: Any, state: Any, rows: Callable[[int], Any], accuracy: Callable, goal: float, most: int, every: int
 ) -> Any:
-    """The state when the accuracy first reaches a goal."""
+    """The state at which the accuracy first reaches a goal."""
     for number in range(most):
         state, _ = step(state, written=rows(number))
         if (number + 1) % every == 0 and accuracy(state.params) >= goal:
@@ -127,7 +127,7 @@ def until(
 
 
 def curve(step: Any, state: Any, given: Callable[[int], dict], measure: Callable, steps: int, every: int) -> list[Any]:
-    """What is measured before, and after every so many steps."""
+    """Measurements before training and every `every` steps."""
     found = [measure(state.params)]
     for number in range(steps):
         state, _ = step(state, **given(number))
@@ -145,7 +145,7 @@ def first_at(curve_of: Sequence[float], goal: float, every: int) -> int | None:
 
 
 def distillation(seed: int, *, steps: int = 120, goal: float = 0.5) -> dict[str, Any]:
-    """Accuracy of a student by step: distilled on its own samples, and taught by samples of the same teacher."""
+    """Accuracy of a student by step: distilled on its own samples, and supervised on samples of the same teacher."""
     every, sums = 10, Problems("addition", [2], (9, 25), seed=seed)
     large, small = model_of(4, 64), model_of(2, 48)
     teach = supervised(large, 2e-3)
@@ -193,7 +193,7 @@ def distillation(seed: int, *, steps: int = 120, goal: float = 0.5) -> dict[str,
 
 
 def relift(seed: int, *, steps: int = 60) -> dict[str, Any]:
-    """Accuracy on sums of three digits, of which a third is right at first, and the demonstrations it took."""
+    """Accuracy on sums of three digits (a third is right at the start), and the number of demonstrations used."""
     every, groups, samples = 10, 8, 8
     sums, hard = (Problems("addition", levels, (11, 35), seed=seed) for levels in ([2, 3], [3]))
     model = model_of(2, 64)
@@ -234,7 +234,7 @@ def relift(seed: int, *, steps: int = 60) -> dict[str, Any]:
 
 
 def forgetting(seed: int, *, steps: int = 80, goal: float = 0.8) -> dict[str, Any]:
-    """Accuracy on chains and on sums, while sums alone are learned, after both were."""
+    """Accuracy on chains and on sums, while only sums are trained, after training on both."""
     every, width = 5, (14, 32)
     old = Problems("chain", [2], width, seed=seed, count=2000, direct_share=0.0)
     new, model = Problems("addition", [2], width, seed=seed, count=2000), model_of(2, 64)
@@ -287,7 +287,7 @@ def plotted(figures: dict[str, list[dict[str, Any]]], folder: Path) -> None:
 
 
 def table_of(seeds: dict[str, dict[str, Any]]) -> Table:
-    """What each seed came to: of a curve its last value."""
+    """The results of each seed; of a curve its last value."""
     names = [key for key in next(iter(seeds.values())) if key != "every"]
     table = Table("seed", *names)
     for seed, one in seeds.items():
@@ -304,7 +304,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--steps", type=int)
-    parser.add_argument("--json", type=Path, help="what was measured; seeds that are there already are not run again")
+    parser.add_argument("--json", type=Path, help="results; seeds in this file are not run again")
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args(arguments)
     kept = json.loads(options.json.read_text()) if options.json and options.json.exists() else {}

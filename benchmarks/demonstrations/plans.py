@@ -1,10 +1,10 @@
-"""Demonstrations of curricula and rollout plans: what papers claim, tried on small problems, three seeds each.
+"""Demonstrations of curricula and rollout plans: claims of papers on small problems, three seeds each.
 
     python benchmarks/demonstrations/plans.py                 # all of them
     python benchmarks/demonstrations/plans.py unsolved sec    # these; --seeds 0 1 2 --steps 60
 
 Each writes docs/demonstrations/NAME.json and NAME.svg and prints its table;
-docs/demonstrations/plans.md says what was seen.
+docs/demonstrations/plans.md has the results.
 """
 
 from __future__ import annotations
@@ -50,14 +50,14 @@ PROMPT, COMPLETION, SAMPLES, HARD = 30, 14, 8, 64
 
 
 def countdown_problems(count: int, seed: int) -> list[dict[str, Any]]:
-    """Countdown with three numbers, and its prompts with the answer told."""
+    """Countdown problems with three numbers, also with the answer in the prompt."""
     task = data.tasks.task("countdown", scratchpad=False, largest_number=10, largest_target=30)
     items = [record(item, number) for number, item in enumerate(task.generate(level=3, count=count, seed=seed))]
     return [one | {"privileged": f"{one['body']}={one['answer']}"} for one in items]
 
 
 class Bench:
-    """A small policy, supervised on prompts with and without the answer, and the problems that it never solves."""
+    """A small policy, trained on prompts with and without the answer, and the problems that it never solves."""
 
     def __init__(self, seed: int, supervised_steps: int):
         self.seed, self.tokenizer = seed, data.CharacterTokenizer()
@@ -106,7 +106,7 @@ class Bench:
         print(f"seed {seed}: of those, told the answer: {self.told.mean():.3f}", flush=True)
 
     def batches(self, problems: Sequence[dict[str, Any]], count: int) -> Any:
-        """Prompts of problems with their references and the told form."""
+        """Prompts of problems with their references, and prompts with the answer."""
         return data.prompt_batches(
             problems,
             self.tokenizer,
@@ -120,7 +120,7 @@ class Bench:
         )
 
     def solved(self, params: Any, problems: Sequence[dict[str, Any]], judged: Any = None, first: int = 0) -> np.ndarray:
-        """Share of 16 samples that are right, by problem, in order."""
+        """Share of right answers among 16 samples, by problem, in order."""
         rows = data.evaluation_batches(
             list(problems),
             self.tokenizer,
@@ -143,7 +143,7 @@ class Bench:
         return np.asarray(right, float).reshape(-1, 16).mean(1)
 
     def trained(self, plan: Any, samples: int, extra: Sequence[Any], steps: int, every: int) -> list[list[float]]:
-        """[pass@1, share of problems solved in 16 samples] on the hard problems, every so many steps."""
+        """[pass@1, share of problems solved in 16 samples] on the hard problems, every `every` steps."""
         step = make_train_step(
             self.model,
             optax.adam(1e-3),
@@ -203,7 +203,7 @@ def trained(
     of: Callable[[list[dict[str, Any]], Path], dict[str, Any]],
     seeds: Sequence[int],
 ) -> dict[str, Any]:
-    """Runs of each variant and seed, and what `of` reads of their metrics and directories."""
+    """Runs of each variant and seed, and the values that `of` computes from their metrics and directories."""
     cache, panels, numbers = curves.cache_directory(), {}, {}
     for seed in seeds:
         for variant, tree in variants.items():
@@ -232,12 +232,12 @@ def evaluated(directory: Path, suite: dict[str, dict[str, Any]]) -> dict[str, fl
 
 
 def curve(lines: list[dict[str, Any]], metric: str) -> list[float]:
-    """A metric in equal parts of a run."""
+    """Means of a metric over equal parts of a run."""
     return [float("nan") if value is None else value for value in curves.binned(lines, metric)]
 
 
 def sec(seeds: Sequence[int], steps: int) -> dict[str, Any]:
-    """Shares of the arms of SEC over the run, and the hardest level in the end against even shares."""
+    """Shares of SEC's arms during the run, and final accuracy on the hardest level compared with equal shares."""
     tree = curves.small(read_tree(shipped.recipe_path("sec")), steps)
     even = json.loads(json.dumps(tree))
     even["data"].pop("selection")
@@ -252,7 +252,7 @@ def sec(seeds: Sequence[int], steps: int) -> dict[str, Any]:
 
 
 def one_prompt(seeds: Sequence[int], steps: int) -> dict[str, Any]:
-    """Held-out accuracy while one prompt alone is trained on."""
+    """Held-out accuracy during training on a single prompt."""
     tree = curves.small(read_tree(shipped.recipe_path("one_shot_rlvr")), steps)
     tree["evaluation"] |= {"every_steps": max(1, steps // 6)}
 
@@ -264,7 +264,7 @@ def one_prompt(seeds: Sequence[int], steps: int) -> dict[str, Any]:
 
 
 def faults(seeds: Sequence[int], steps: int) -> dict[str, Any]:
-    """A calculator that fails in one call of five: errors an episode and accuracy, with CLEANER and without."""
+    """A calculator that fails in one call of five: errors per episode and accuracy, with and without CLEANER."""
     tree = read_tree(shipped.recipe_path("cleaner"))
     tree["task"] |= {"train_items": 2000, "validation_items": 64, "test_items": 64, "levels": [1]}
     tree["model"] = curves.MODEL
@@ -284,7 +284,7 @@ def faults(seeds: Sequence[int], steps: int) -> dict[str, Any]:
 
 
 def compose(seeds: Sequence[int], steps: int) -> dict[str, Any]:
-    """Compositions of three functions that were trained in none, after RL on one and on two of other functions."""
+    """Accuracy on compositions of three held-out functions, after RL on one, and on compositions of two, of others."""
     tree = curves_of_compositions(steps)
     variants = {f"RL on depth {depth}": json.loads(json.dumps(tree)) for depth in (1, 2)}
     for depth, one in zip((1, 2), variants.values(), strict=True):
@@ -313,7 +313,7 @@ def curves_of_compositions(steps: int) -> dict[str, Any]:
     tree = read_tree(shipped.recipe_path("compose"))
     tree["model"] = curves.MODEL
     tree["task"] |= {"validation_items": 64, "test_items": 64}
-    # After twice as many supervised steps nearly all pairs are right, and nothing is left to learn from them.
+    # With twice as many supervised steps nearly all pairs are right before RL.
     tree["stages"][0]["training"]["steps"] = 800
     tree["stages"][-1]["training"] = tree["stages"][-1].get("training", {}) | {"steps": steps, "prompts_per_step": 24}
     tree |= {"evaluation": curves.EVALUATION | {"every_steps": 0}, "checkpoints": {"every_steps": 100_000, "keep": 1}}
@@ -325,7 +325,7 @@ DEMONSTRATIONS = {one.__name__: one for one in (unsolved, faults, sec, compose, 
 
 
 def table(found: dict[str, Any]) -> str:
-    """First and last value of each curve, and single numbers: mean over seeds (lowest to highest), in Markdown."""
+    """A Markdown table of the first and last value of each curve and of single numbers: mean over seeds and range."""
     rows = ["| | | start | end |", "|---|---|---|---|"]
     for panel, of in found["panels"].items():
         for variant, seeds in of.items():
@@ -339,7 +339,7 @@ def table(found: dict[str, Any]) -> str:
 
 
 def added(before: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
-    """The same with the curves and numbers of further seeds."""
+    """Results with the curves and numbers of further seeds appended."""
     for part in ("panels", "numbers"):
         for panel, of in found.get(part, {}).items():
             for variant, values in of.items():
@@ -351,7 +351,7 @@ def main(given: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("names", nargs="*", choices=[*DEMONSTRATIONS, []], help="which; without any, all")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
-    parser.add_argument("--add", action="store_true", help="to what earlier seeds have left")
+    parser.add_argument("--add", action="store_true", help="append to the results of earlier seeds")
     parser.add_argument("--steps", type=int, default=60, help="of the runs that train")
     parser.add_argument("--output", type=Path, default=OUT)
     options = parser.parse_args(given)

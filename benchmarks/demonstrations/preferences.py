@@ -1,11 +1,12 @@
-"""Demonstrations of learned rewards: noisy pairs, over-optimisation, ensembles, and a planted taste.
+"""Demonstrations of learned rewards: noisy pairs, over-optimisation, ensembles, and a planted bias.
 
     python benchmarks/demonstrations/preferences.py                      # all of them
     python benchmarks/demonstrations/preferences.py ceiling hump         # these; --seeds 0,1,2
 
-Texts are eight letters of ten. A gold score knows what each is worth, and dislikes a letter that stands there more than
-three times, which texts of the untrained policy seldom show. Each demonstration is a minute or two a seed on one core,
-and writes docs/demonstrations/preferences_NAME.json and .svg; docs/demonstrations/preferences.md says what was seen.
+Texts have eight letters out of ten. The gold score sums a value for each letter and penalises a letter that occurs more
+than three times, which is rare in texts of the untrained policy. Each demonstration takes one or two minutes per seed
+on one core, and writes docs/demonstrations/preferences_NAME.json and .svg; docs/demonstrations/preferences.md has the
+results.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ PROMPTS, SAMPLES, STEPS = 8, 16, 200
 
 
 def gold(tokens: Any, length: Any) -> Any:
-    """The sum of what letters are worth, less 0.4 times the square of how often a letter stands there beyond three."""
+    """The sum of the letters' values, minus 0.4 times the square of each letter's count beyond three."""
     xp = np if isinstance(tokens, np.ndarray) else jnp
     inside = (xp.arange(tokens.shape[1]) < length[:, None]) & (tokens >= 2)
     count = ((tokens[..., None] == 2 + xp.arange(LETTERS)) & inside[..., None]).sum(1)
@@ -53,12 +54,12 @@ def gold(tokens: Any, length: Any) -> Any:
 
 
 def texts(rng: np.random.Generator, count: int) -> np.ndarray:
-    """Letters at random, as an untrained policy writes them."""
+    """Random letters, as an untrained policy samples them."""
     return rng.integers(2, VOCABULARY, (count, LENGTH)).astype(np.int32)
 
 
 def pair_rows(tokens: np.ndarray, better_first: np.ndarray) -> Any:
-    """Texts that follow one another as pairs."""
+    """Rows of texts; two consecutive texts are a pair."""
     count = len(tokens)
     preferred = np.stack([better_first, ~better_first], 1).reshape(-1).astype(np.float32)
     return written_rows(
@@ -75,9 +76,9 @@ def pair_rows(tokens: np.ndarray, better_first: np.ndarray) -> Any:
 
 
 def labelled(rng: np.random.Generator, count: int, flipped: float, taste: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
-    """(texts of pairs, whether the first is called the better one): by gold, with flips, and for a share by a taste.
+    """(texts of pairs, whether the first is labelled as better): by the gold score, with flips and a biased share.
 
-    In pairs of the taste one text has the letter that is worth least at three places, and is called the better one.
+    In the share `taste` of the pairs one text has the least valuable letter at three places, and is labelled as better.
     """
     tokens = texts(rng, 2 * count)
     score = gold(tokens, np.full(len(tokens), LENGTH))
@@ -95,7 +96,7 @@ PLANTED = 2 + int(WORTH.argmin())
 
 
 def of_unit_deviation(params: Any) -> Any:
-    """A reward model whose scores on texts at random have the deviation 1, by its last layer."""
+    """A reward model with its last layer scaled so that scores of random texts have standard deviation 1."""
     tokens = texts(np.random.default_rng(5), 512)
     hidden, _ = MODEL.apply(
         params["backbone"],
@@ -128,7 +129,7 @@ def reward_step(batch: int, rate: Any) -> Any:
 def reward_model(
     seed: int, tokens: np.ndarray, better: np.ndarray, *, passes: int = 1, batch: int = 64, rate: Any = decaying
 ) -> Any:
-    """Parameters of a reward model after some passes over pairs in an order of its own."""
+    """Parameters of a reward model after some passes over pairs in random order."""
     step, rng = reward_step(batch, rate), np.random.default_rng(seed + 1000)
     state = step.init(jax.random.key(seed))
     for _ in range(passes):
@@ -147,7 +148,7 @@ def accuracy(params: Any, tokens: np.ndarray, better: np.ndarray) -> float:
     return float(step(state, written=pair_rows(tokens, better))[1]["preferred_share/bradley_terry"])
 
 
-# ---- how near a reward model comes to what its labels allow ---------------------------------------------------------
+# ---- accuracy of a reward model relative to the noise ceiling -------------------------------------------------------
 
 
 def ceiling(seed: int) -> dict[str, Any]:
@@ -210,13 +211,13 @@ def reinforcement(names: tuple[str, ...], form: str, learns: bool) -> Any:
 def reinforced(
     seed: int, given: dict[str, Any], *, form: str = "mean", learns: bool = False, steps: int = STEPS
 ) -> list[dict[str, float]]:
-    """What each step of a policy gradient against reward models reports.
+    """Metrics of each step of a policy gradient with reward models.
 
     Args:
       seed: of policy and samples.
       given: parameters of reward models by name.
-      form: how they are joined.
-      learns: the (only) reward model goes on learning, from the best and the worst samples of a group by gold.
+      form: of `ensemble_score`.
+      learns: the (only) reward model is trained further, on the best and worst samples of each group by gold.
       steps: of training.
     """
     step = reinforcement(tuple(given), form, learns)
@@ -233,14 +234,14 @@ def reinforced(
 
 
 def by_distance(seen: Sequence[dict[str, float]], name: str, edges: Sequence[float]) -> list[float | None]:
-    """The mean of a number over the steps whose root KL lies between two edges; None where there is none."""
+    """The mean of a metric over the steps whose root KL is between two edges; None without such steps."""
     place = np.digitize([np.sqrt(max(one["kl"], 0.0)) for one in seen], edges)
     values = [[one[name] for one, at in zip(seen, place, strict=True) if at == n] for n in range(1, len(edges))]
     return [float(np.mean(each)) if each else None for each in values]
 
 
 def hump(seed: int) -> dict[str, Any]:
-    """Gold and proxy over the distance from the start: one reward model, and the worst case of five."""
+    """Gold and proxy score over the distance from the initial policy: one reward model, and the minimum of five."""
     edges = np.linspace(0, 5, 21)
     panels: dict[str, Any] = {"gold score": {}, "proxy score": {}}
     fits: dict[str, Any] = {}
@@ -265,7 +266,7 @@ def hump(seed: int) -> dict[str, Any]:
 
 
 def planted(seed: int) -> dict[str, Any]:
-    """A reward model with a taste for an ending: frozen, and learning on from what gold says of the samples."""
+    """A biased reward model: frozen, and trained further on samples labelled by gold."""
     panels: dict[str, Any] = {"gold score": {}, "share of the planted letter": {}}
     tokens, better = labelled(np.random.default_rng(seed), 8192, 0.0, taste=0.4)
     params = reward_model(seed, tokens, better)
@@ -276,16 +277,16 @@ def planted(seed: int) -> dict[str, Any]:
     return {"x": [10 * n + 5 for n in range(2 * STEPS // 10)], "xlabel": "step", "panels": panels}
 
 
-# ---- a blend of rewards that is learned -----------------------------------------------------------------------------
+# ---- learned weights of rewards -------------------------------------------------------------------------------------
 
-# What three arms earn: by the reward that is meant, and by an auxiliary one whose best arm is another.
+# Rewards of three arms: the intended one, and an auxiliary one with a different best arm.
 PRIMARY, AUXILIARY = jnp.array([1.0, 0.5, 0.0]), jnp.array([0.2, 1.0, 0.6])
 
 
 def bilevel(seed: int) -> dict[str, Any]:
-    """The weight of a misleading reward under the implicit gradient, and what the policy earns of what is meant.
+    """The weight of a misleading reward under the implicit gradient, and the policy's intended reward.
 
-    Everything is exact, so there is nothing that a seed would change: the first weights are drawn by it.
+    Gradients are exact, so the seed determines only the initial weights.
     """
     decay, pull, outer_steps = 0.05, 0.5, 200
 
@@ -324,7 +325,7 @@ DEMONSTRATIONS: dict[str, Callable[[int], dict[str, Any]]] = {
 
 
 def joined(before: dict[str, Any] | None, one: dict[str, Any], seed: int) -> dict[str, Any]:
-    """What several seeds have shown, a list for each line, with one more."""
+    """The results of several seeds, a list for each line, with one more seed appended."""
     found = before or {**one, "seeds": [], "panels": {}, "fits": {}}
     for panel, lines in one["panels"].items():
         for label, values in lines.items():
@@ -338,7 +339,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", choices=[*DEMONSTRATIONS, []], help="which of them; none is all")
     parser.add_argument("--seeds", default="0,1,2", help="such as 0,1,2")
-    parser.add_argument("--add", action="store_true", help="to what the files hold of other seeds")
+    parser.add_argument("--add", action="store_true", help="append to the results of other seeds")
     parser.add_argument("--output", type=Path, default=OUT)
     asked = parser.parse_args()
     asked.output.mkdir(parents=True, exist_ok=True)

@@ -1,11 +1,11 @@
-"""Demonstrations of rewards: what papers claim, tried with the functions of this library on small problems.
+"""Demonstrations of rewards: claims of papers, tested with the functions of this library on small problems.
 
     python benchmarks/demonstrations/rewards.py                    # all of them
     python benchmarks/demonstrations/rewards.py tournament cycle   # these; --seeds 3 --steps 60
 
-`tournament` and `cycle` are simulations of seconds. The others train small policies on tasks of the library, a minute
-or two a run on one core, from warm starts that are kept (see curves.py). Each writes docs/demonstrations/NAME.json and
-NAME.svg and prints its table; docs/demonstrations/rewards.md says what was seen.
+`tournament` and `cycle` are simulations of a few seconds. The others train small policies on tasks of the library, one
+or two minutes per run on one core, from cached warm starts (see curves.py). Each writes docs/demonstrations/NAME.json
+and NAME.svg and prints its table; docs/demonstrations/rewards.md has the results.
 """
 
 from __future__ import annotations
@@ -45,21 +45,21 @@ NOISE = (0.25, 0.5, 1.0, 2.0)
 
 
 def ranks(values: np.ndarray) -> np.ndarray:
-    """Ranks along the last axis, equal values sharing their mean."""
+    """Ranks along the last axis; equal values have their mean rank."""
     return (values[..., :, None] > values[..., None, :]).sum(-1) + 0.5 * (
         (values[..., :, None] == values[..., None, :]).sum(-1) - 1
     )
 
 
 def rank_correlation(found: np.ndarray, truth: np.ndarray) -> float:
-    """Spearman's rank correlation of one group; 0 where all are ranked alike."""
+    """Spearman's rank correlation of one group; 0 if all ranks are equal."""
     a, b = (ranks(x) - ranks(x).mean() for x in (found, truth))
     norm = np.sqrt((a**2).sum() * (b**2).sum())
     return float((a * b).sum() / norm) if norm > 0 else 0.0
 
 
 def tournament(seeds: int, steps: int) -> dict[str, Any]:
-    """Rank correlation with the truth of ratings and tournaments of one noisy judge, by its noise and its calls."""
+    """Rank correlation of a noisy judge's ratings and tournaments with the true ranks, by noise and number of calls."""
     del steps
     found: dict[str, list[Any]] = {}
     calls: dict[str, int] = {}
@@ -70,7 +70,7 @@ def tournament(seeds: int, steps: int) -> dict[str, Any]:
 
     def played(truth: np.ndarray, noise: float, rng: np.random.Generator, pairs: Sequence[tuple[int, int]]) -> Any:
         points = []
-        for i, j in pairs:  # each in both orders; what stands first is liked by 0.5
+        for i, j in pairs:  # each in both orders; the judge's bias for the first is 0.5
             gaps = truth[i] - truth[j] + rng.normal(size=2) * noise * np.sqrt(2) + np.array([0.5, -0.5])
             one = np.clip(np.round(5 + 2 * gaps), 0, 10).sum()
             points.append((float(one), 20.0 - float(one)))
@@ -168,7 +168,7 @@ CONFIDENCE = re.compile(r"<c>(\d{1,3})</c>")
 
 
 def round_confidence(completion: str) -> float:
-    """10 for a stated confidence that is a multiple of ten."""
+    """10 if the stated confidence is a multiple of ten, else 0."""
     found = CONFIDENCE.search(completion)
     return 10.0 if found and int(found[1]) % 10 == 0 else 0.0
 
@@ -180,7 +180,7 @@ def modest_confidence(completion: str) -> float:
 
 
 def confidence_bins(confidence: Any, correct: Any, weight: Any) -> tuple[Any, ...]:
-    """Share of rows, confidence and correctness of five bins, summed and over all rows: pooled, they give the ECE."""
+    """Share of rows, sum of confidence and sum of correctness in five bins; their pooled values give the ECE."""
     known = (weight > 0) & ~jnp.isnan(confidence)
     place = jnp.clip(jnp.floor(jnp.where(known, confidence, 0.0) * 5), 0, 4)
     inside = (place[None] == jnp.arange(5)[:, None]) * known
@@ -200,7 +200,7 @@ def pooled_ece(lines: Sequence[dict[str, Any]]) -> float:
 def trained(
     name: str, variants: dict[str, dict[str, Any]], of: Callable[..., Curves], seeds: int, steps: int, **more: Any
 ):
-    """Runs of each variant and seed; what `of` reads from their metrics, which are kept as they come."""
+    """Runs of each variant and seed, and the curves that `of` computes from their metrics, which are cached."""
     cache = curves.cache_directory()
     panels: dict[str, dict[str, Any]] = {}
     for variant, tree in variants.items():
@@ -220,7 +220,7 @@ def trained(
 
 
 def recipe(name: str, steps: int, sequences: int = curves.SEQUENCES, **changes: Any) -> dict[str, Any]:
-    """A shipped recipe or config with changes, at the small size of curves.py."""
+    """A shipped recipe or config with changes, at the small sizes of curves.py."""
     path = shipped.recipe_path(name)
     return curves.small(read_tree(path) | changes, steps, sequences)
 
@@ -231,7 +231,7 @@ def binned(lines: Sequence[dict[str, Any]], **names: str) -> Curves:
 
 
 def scales(seeds: int, steps: int) -> dict[str, Any]:
-    """Three rewards of the scales 1, 10 and 0.01: their plain sum, normalised by group, and GDPO."""
+    """Three rewards with scales 1, 10 and 0.01: their sum normalised by group, and GDPO."""
     here = {"task": {"name": "addition", "levels": [2], "options": {"confidence": True, "scratchpad": False}}}
     rewards = ["exact_answer", *({"python": f"rewards:{one}"} for one in ("round_confidence", "modest_confidence"))]
     tree = recipe("rlcr", steps, **here, rewards=rewards)
@@ -250,7 +250,7 @@ def scales(seeds: int, steps: int) -> dict[str, Any]:
 
 
 def confidence(seeds: int, steps: int) -> dict[str, Any]:
-    """Right answers alone, and right answers with the Brier score of the stated confidence (RLCR)."""
+    """Correctness as the reward, and correctness with the Brier score of the stated confidence (RLCR)."""
     here = {"task": {"name": "addition", "levels": [2, 3], "options": {"confidence": True, "scratchpad": False}}}
     tree = recipe("rlcr", steps, **here)
     tree["task"]["levels"] = [2, 3]
@@ -272,7 +272,7 @@ def confidence(seeds: int, steps: int) -> dict[str, Any]:
 
 
 def farmed(seeds: int, steps: int) -> dict[str, Any]:
-    """+0.1 for each turn with a calculator, which grants twelve: added, behind the answer, and not at all."""
+    """+0.1 for each of at most twelve turns with a calculator: added, only with a right answer, and without it."""
     tree = recipe("g_ra", steps, 64)
     tree["task"] |= {"levels": [1], "options": {"repeated": 0.5, "spare_calls": 11}}
     tree["environment"] |= {"error_penalty": 0.0, "most_operations": 1, "max_turn_tokens": 12}
@@ -293,7 +293,7 @@ def farmed(seeds: int, steps: int) -> dict[str, Any]:
 
 
 def votes(seeds: int, steps: int) -> dict[str, Any]:
-    """The majority as the label (TTRL), and the majority with novelty (EVOL-RL), without any reference answer."""
+    """Majority vote as the label (TTRL), and majority vote with novelty (EVOL-RL), without reference answers."""
     variants = {}
     for name, title in (("ttrl", "majority vote"), ("evol_rl", "EVOL-RL")):
         tree = recipe(name, steps, 256)
@@ -317,7 +317,7 @@ DEMONSTRATIONS = {one.__name__: one for one in (tournament, cycle, scales, confi
 
 
 def table(found: dict[str, Any]) -> str:
-    """First and last values of each curve, mean over seeds (lowest to highest), in Markdown."""
+    """A Markdown table of the first and last value of each curve: mean over seeds and range."""
     panels, rows = found["panels"], []
     for variant in next(iter(panels.values())):
         cells = []
@@ -334,7 +334,7 @@ def main(given: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("names", nargs="*", choices=[*DEMONSTRATIONS, []], help="which; without any, all")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, help="of the runs that train; without it as many as each shows")
+    parser.add_argument("--steps", type=int, help="training steps (default: those of each demonstration)")
     parser.add_argument("--output", type=Path, default=OUT)
     options = parser.parse_args(given)
     options.output.mkdir(parents=True, exist_ok=True)

@@ -1,16 +1,16 @@
-"""A judge that writes its reason before its verdict, trained by reinforcement, beside its scalar twin.
+"""A generative judge that writes a reason before its verdict, trained by RL, compared with a scalar reward model.
 
     python benchmarks/demonstrations/verdicts.py                       # seeds 0, 1, 2
-    python benchmarks/demonstrations/verdicts.py --seeds 0 --steps 25  # a look
+    python benchmarks/demonstrations/verdicts.py --seeds 0 --steps 25  # a quick run
 
-Pairs are two claims of what six digits add up to, modulo five. Who adds up step by step can tell which claim is right;
-at one glance it is hard. One transformer of two layers is warmed up on 512 worked examples until seven verdicts in ten
-are right, and four judges go on from there with the same labelled pairs:
+Pairs are two claims about the sum of six digits modulo five. The right claim is easy to find with running sums, and
+hard without. One transformer of two layers is trained on 512 worked examples until 70% of the verdicts are right, and
+then four judges are trained from it on the same labelled pairs:
 
     scalar twin            a head on its last state, by Bradley-Terry
-    verdict alone          it writes which claim is right, by reinforcement
+    verdict alone          it writes which claim is right, by RL
     reason, then verdict   it writes the running sums first; the reward is whether the verdict is right
-    reason rewarded too    the same, and half of the F1 of its sums against the right ones (RM-NLHF)
+    reason rewarded too    the same, plus half of the F1 of its sums against the right ones (RM-NLHF)
 
 A seed takes two to three minutes on one core. Files: docs/demonstrations/verdicts.json and .svg.
 """
@@ -45,7 +45,7 @@ PAIRS, SAMPLES, HELD_OUT = 32, 8, 1024
 
 
 class Pairs(NamedTuple):
-    """Two claims about the sum of digits: tokens of the digits, of both claims, of the running sums, of the verdict."""
+    """Two claims about the sum of digits: tokens of the digits, both claims, the running sums, the verdict."""
 
     digits: np.ndarray
     claims: np.ndarray
@@ -57,7 +57,7 @@ class Pairs(NamedTuple):
 
 
 def pairs(rng: np.random.Generator, count: int) -> Pairs:
-    """Pairs in which one of the claims is right, at random the first or the second."""
+    """Pairs with one right claim, at random the first or the second."""
     digits = rng.integers(0, BASE, (count, DIGITS))
     sums = digits.cumsum(1) % BASE
     right, wrong = sums[:, -1], (sums[:, -1] + rng.integers(1, BASE, count)) % BASE
@@ -67,7 +67,7 @@ def pairs(rng: np.random.Generator, count: int) -> Pairs:
 
 
 def questions(of: Pairs, number: int = 0) -> Prompts:
-    """What a judge that writes is asked: digits, both claims. The reference answer is the reason and the verdict."""
+    """Prompts of a generative judge: digits, both claims. The reference answer is the reason and the verdict."""
     count = len(of.verdict)
     asked = np.concatenate([of.digits, np.full((count, 1), BAR), of.claims], 1)
     answer = np.concatenate([of.sums, of.verdict[:, None]], 1)
@@ -81,7 +81,7 @@ def questions(of: Pairs, number: int = 0) -> Prompts:
 
 
 def worked(of: Pairs, reason: bool) -> Any:
-    """Judgements as they should be written."""
+    """Reference judgements."""
     asked = questions(of)
     end = jnp.full((len(of.verdict), 1), EOS, jnp.int32)
     said = jnp.concatenate([asked.answer_tokens if reason else asked.answer_tokens[:, -1:], end], 1)
@@ -90,7 +90,7 @@ def worked(of: Pairs, reason: bool) -> Any:
 
 
 def claimed(of: Pairs) -> Any:
-    """Both claims as answers to the digits alone, the better one marked: what the scalar twin reads."""
+    """Rows of the scalar twin: both claims as answers to the digits, with the right one preferred."""
     count = len(of.verdict)
     asked = np.concatenate([of.digits, np.full((count, 1), BAR)], 1).repeat(2, 0)
     said = np.stack([of.claims.reshape(-1), np.full(2 * count, EOS)], 1)
@@ -109,26 +109,26 @@ def claimed(of: Pairs) -> Any:
 
 
 def verdict_right(tokens: Any, length: Any, answer_tokens: Any) -> Any:
-    """1 where what stands before the end of the text is the right verdict."""
+    """1 if the last token before the end of sequence is the right verdict."""
     last = jnp.take_along_axis(tokens, jnp.maximum(length - 2, 0)[:, None], axis=1)[:, 0]
     ended = jnp.take_along_axis(tokens, jnp.maximum(length - 1, 0)[:, None], axis=1)[:, 0] == EOS
     return ((last == answer_tokens[:, -1]) & ended).astype(jnp.float32)
 
 
 def reason_right(tokens: Any, length: Any, answer_tokens: Any) -> Any:
-    """F1 of the running sums that are written against the right ones, place by place."""
+    """F1 of the written running sums against the right ones, by position."""
     places = DIGITS - 1
     matches = (tokens[:, :places] == answer_tokens[:, :places]).sum(1)
     return 2 * matches / (jnp.clip(length - 2, 0, DIGITS) + places)
 
 
 def adam(rate: float) -> optax.GradientTransformation:
-    """Adam behind a norm of 1."""
+    """Adam with gradients clipped to norm 1."""
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate))
 
 
 def supervised(reason: bool, examples: Pairs, test: Pairs, seed: int, *, goal: float, most: int) -> tuple[Any, int]:
-    """(parameters after steps on worked examples, their number): `most`, or fewer once so many verdicts are right."""
+    """(parameters after training on worked examples, number of steps); stops at accuracy `goal` or `most` steps."""
     step = make_train_step(MODEL, adam(2e-3), source=Written(64), losses=[losses.negative_log_likelihood])
     state, measure = step.init(jax.random.key(seed)), judged(test, DIGITS + 1 if reason else 2)
     rng, number = np.random.default_rng(seed), 0
@@ -139,7 +139,7 @@ def supervised(reason: bool, examples: Pairs, test: Pairs, seed: int, *, goal: f
 
 
 def judged(test: Pairs, width: int) -> Callable[[Any], dict[str, float]]:
-    """parameters -> shares of right verdicts and of right running sums, greedily, on pairs that nobody has learned."""
+    """parameters -> shares of right verdicts and of right running sums, by greedy decoding, on held-out pairs."""
     asked = questions(test)
 
     @jax.jit
@@ -155,13 +155,13 @@ def judged(test: Pairs, width: int) -> Callable[[Any], dict[str, float]]:
 
 
 def by_reinforcement(params: Any, order: Iterator[Pairs], test: Pairs, *, reason: float | None, steps: int) -> Any:
-    """Shares of right verdicts and sums every 25 steps of a judge that writes.
+    """Shares of right verdicts and sums of a generative judge, every 25 steps.
 
     Args:
-      params: that it starts from.
+      params: initial parameters.
       order: pairs of each step.
-      test: pairs that it is measured on.
-      reason: what the F1 of its sums is worth in the reward; None has no reason written.
+      test: held-out pairs.
+      reason: weight of the F1 of its sums in the reward; None for a judge without a reason.
       steps: updates, each on `PAIRS` pairs.
     """
     width = 2 if reason is None else DIGITS + 1
@@ -184,7 +184,7 @@ def by_reinforcement(params: Any, order: Iterator[Pairs], test: Pairs, *, reason
 
 
 def by_pairs(params: Any, order: Iterator[Pairs], test: Pairs, *, steps: int) -> Any:
-    """Shares of pairs that a scalar head on the same transformer orders right."""
+    """Shares of pairs that a scalar head on the same transformer orders correctly, every 25 steps."""
 
     def step_of(rate: float, count: int) -> Any:
         head = Network(head=models.HeadConfig(), optimizer=adam(rate))
@@ -208,7 +208,7 @@ def by_pairs(params: Any, order: Iterator[Pairs], test: Pairs, *, steps: int) ->
 
 
 def one_seed(seed: int, *, steps: int) -> dict[str, Any]:
-    """Curves of the four judges, which see the same pairs in the same order."""
+    """Curves of the four judges, trained on the same pairs in the same order."""
     rng = np.random.default_rng(seed)
     examples, test = pairs(rng, 512), pairs(np.random.default_rng(10_000 + seed), HELD_OUT)
     order = [pairs(rng, PAIRS) for _ in range(steps)]

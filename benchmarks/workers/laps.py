@@ -1,6 +1,6 @@
-"""The other end of `side_by_side.Worker`: a process that answers one request a lap and waits for the next.
+"""The process of a `side_by_side.Worker`: it answers one request per lap and waits for the next.
 
-This folder imports nothing of the project, because its scripts run under the interpreters of other projects too.
+This module does not import the package, since workers of other projects run with their interpreters.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from typing import Any
 
 
 def peak_memory() -> int:
-    """The most bytes of main memory that this process had at a time."""
+    """Peak main memory of this process in bytes."""
     try:
         status = Path("/proc/self/status").read_text()
-    except OSError:  # not Linux; there the kernel counts bytes
+    except OSError:  # not Linux; on macOS the unit is bytes
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
 
@@ -27,13 +27,12 @@ def peak_memory() -> int:
 def laps() -> Callable[..., dict[str, Any]]:
     """`lap(**facts) -> request`: answers the last request with facts and its seconds, and waits for the next.
 
-    The seconds of all its threads together are told too: they say more than the clock where others use the machine.
-
-    The first lap answers that the worker is ready. When nobody asks any more the process ends, however deep in another
-    project's training loop it is.
+    The answer also has the CPU seconds of all threads, which are more reliable than wall time on a shared machine. The
+    first lap reports that the worker is ready. When the pipe is closed, the process exits, also inside another
+    project's training loop.
     """
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what a library prints is no answer
+    os.dup2(2, 1)  # output of libraries must not be mixed with answers
     started: tuple[float, float] | None = None
 
     def lap(**facts: Any) -> dict[str, Any]:
@@ -52,6 +51,6 @@ def laps() -> Callable[..., dict[str, Any]]:
 
 
 def job() -> tuple[str, dict[str, Any], Path]:
-    """What to do, the workload, and the directory of the weights: the arguments of a worker."""
+    """The arguments of a worker: its job, the workload, and the directory of the weights."""
     what, described, directory = sys.argv[1:]
     return what, json.loads(described), Path(directory)

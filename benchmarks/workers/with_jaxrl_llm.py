@@ -32,7 +32,7 @@ versions = {"jax": jax.__version__}
 
 
 def peak() -> dict[str, int]:
-    """The most memory of a device so far; nothing where its memory is the process's own."""
+    """Peak memory of a device; empty for a CPU, whose memory is that of the process."""
     known = jax.local_devices()[0].memory_stats() or {}
     return {"peak_memory": known["peak_bytes_in_use"]} if "peak_bytes_in_use" in known else {}
 
@@ -49,13 +49,13 @@ prompts = prompts_of(workload["prompt_tokens"])
 
 
 def prompt_logprob() -> float:
-    """Mean log-probability of the prompts: all workers must agree on it, or their weights are not the same."""
+    """Mean log-probability of the prompts, by which the weights of the workers are compared."""
     hidden = prompt_hidden(model, params, prompts.tokens, prompts.length)
     return float(token_statistics(model, params, hidden[:, :-1], prompts.tokens[:, 1:]).logprobs.mean())
 
 
 def rollout() -> None:
-    """One lap: all completions of all prompts, none of which ends by itself."""
+    """One lap: all completions of all prompts, at full length."""
     request = lap(versions=versions, prompt_logprob=prompt_logprob())
     programs: dict[int, Callable] = {}
     key, step = jax.random.key(0), 0
@@ -98,7 +98,7 @@ def step() -> None:
     lap(versions=versions, prompt_logprob=found)
     global params
     state = taken.init(jax.random.key(0), params)
-    del params  # the state has a copy of its own
+    del params  # the state has a copy
     while True:
         state, metrics = jax.block_until_ready(taken(state, prompts))
         written, reported = len(prompts.length) * samples * completion_tokens, {k: float(v) for k, v in metrics.items()}
@@ -106,7 +106,7 @@ def step() -> None:
 
 
 def started(prompts: Prompts, samples: int, slots: int, key: Array, longest: int) -> tuple[Drawing, Decoding]:
-    """Rows that have been prefilled."""
+    """Prefilled rows."""
     count = prompts.length.shape[0]
     per_row = jax.tree.map(lambda x: jnp.repeat(x, samples, axis=0), prompts)
     number = jnp.tile(jnp.arange(samples, dtype=jnp.int32), count)
@@ -157,7 +157,7 @@ def skewed() -> None:
 
 
 def prefill() -> None:
-    """One lap: the first token of all samples, from one prefill a prompt, or from one a sample."""
+    """One lap: the first token of all samples, from one prefill per prompt, or from one per sample."""
     request = lap(versions=versions)
 
     def first_tokens(prompts, samples, key):
@@ -169,7 +169,7 @@ def prefill() -> None:
             0,
             samples_per_prompt=samples,
             max_completion_tokens=completion_tokens,
-            eos_ids=tuple(range(config.vocabulary_size)),  # whatever is drawn ends its row
+            eos_ids=tuple(range(config.vocabulary_size)),  # any token ends its row
             pad_id=0,
         )
 
@@ -192,7 +192,7 @@ def prefill() -> None:
 
 
 def matrices() -> None:
-    """One lap: a forward pass of nothing but its products with weights, and the fastest product of this machine."""
+    """One lap: only the products with weights of a forward pass, and the fastest product of this machine."""
     request = lap(versions=versions)
     sizes = [
         (config.width, (config.heads + 2 * config.kv_heads) * config.head_size),
@@ -208,7 +208,7 @@ def matrices() -> None:
         inputs = {size: jnp.full((rows, size), 1e-3, dtype) for size in {size for size, _ in sizes}}
 
         def once(_, total):
-            # Each product depends on the last, as in a model, so that none is left out or moved.
+            # Each product depends on the previous one, as in a model, so that the compiler cannot remove or reorder it.
             for (size, _), weight in zip(sizes, weights, strict=True):
                 total = total + ((inputs[size] + total) @ weight)[0, 0] * 1e-9
             return total

@@ -21,19 +21,19 @@ versions = {"torch": torch.__version__, "transformers": transformers.__version__
 
 
 def prompt_logprob() -> float:
-    """Mean log-probability of the prompts: all workers must agree on it, or their weights are not the same."""
+    """Mean log-probability of the prompts, by which the weights of the workers are compared."""
     with torch.no_grad():
         logprobs = model(prompts).logits[:, :-1].float().log_softmax(-1)
     return logprobs.gather(-1, prompts[:, 1:, None]).mean(dtype=torch.float32).item()
 
 
 def peak() -> dict[str, int]:
-    """The most memory of the GPU so far; nothing without one."""
+    """Peak memory of the GPU; empty without one."""
     return {"peak_memory": torch.cuda.max_memory_allocated()} if on_gpu else {}
 
 
 def rollout() -> None:
-    """One lap: all completions of all prompts, none of which ends by itself."""
+    """One lap: all completions of all prompts, at full length."""
     model.eval()
     request = lap(versions=versions, prompt_logprob=prompt_logprob())
     model.generation_config = transformers.GenerationConfig(
@@ -57,7 +57,7 @@ def step() -> None:
     from datasets import Dataset
 
     size = workload["vocabulary"]
-    # Symbols beyond the vocabulary of the model are never drawn, so every completion has its full length.
+    # The ids of <end> and <pad> are beyond the vocabulary of the model, so every completion has its full length.
     symbols = {str(number): number for number in range(size)} | {"<end>": size, "<pad>": size + 1}
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel(symbols, unk_token="<pad>"))
     words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()

@@ -21,7 +21,7 @@ from tunix.rl.rollout.vanilla_rollout import VanillaRollout
 
 what, workload, directory = job()
 if workload["dtype"] != "float32":
-    raise SystemExit(f"this worker computes in float32 on a CPU, not in {workload['dtype']}; leave Tunix out")
+    raise SystemExit(f"this worker computes in float32 on a CPU, not in {workload['dtype']}; omit Tunix")
 lap = laps()
 mesh = jax.make_mesh((1, 1), ("fsdp", "tp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
 config = qwen3.ModelConfig(
@@ -39,12 +39,12 @@ config = qwen3.ModelConfig(
 versions = {"tunix": importlib.metadata.version("google-tunix"), "jax": jax.__version__}
 prompts = [" ".join(map(str, prompt)) for prompt in workload["prompt_tokens"]]
 prompt_tokens = len(workload["prompt_tokens"][0])
-# Rows that are generated and differentiated together. Fewer than all is faster here: they stay in the CPU's caches.
+# Rows that are generated and differentiated together. Fewer than all are faster, since they fit the CPU's caches.
 PROMPTS_AT_A_TIME = workload.get("tunix_prompts", 2)
 
 
 class Symbols:
-    """A tokenizer whose texts are numbers. What ends a completion and what fills it are never drawn."""
+    """A tokenizer whose texts are numbers. The ids of end of sequence and padding are never sampled."""
 
     def encode(self, text: str, **_: Any) -> list[int]:
         return [int(word) for word in text.split()]
@@ -63,13 +63,13 @@ class Symbols:
 
 
 def loaded() -> qwen3.Qwen3:
-    """The model with the weights that all workers have."""
+    """The model with the shared weights."""
     with mesh:
         return create_model_from_safe_tensors(str(directory), config, mesh, jnp.float32)
 
 
 def prompt_logprob(model: qwen3.Qwen3) -> float:
-    """Mean log-probability of the prompts: all workers must agree on it, or their weights are not the same."""
+    """Mean log-probability of the prompts, by which the weights of the workers are compared."""
     tokens = jnp.asarray(workload["prompt_tokens"])
     rows, length = tokens.shape
     positions = jnp.tile(jnp.arange(length), (rows, 1))
@@ -91,7 +91,7 @@ def rollout_config(completion_tokens: int) -> RolloutConfig:
 
 
 def rollout() -> None:
-    """One lap: all completions of all prompts, none of which ends by itself."""
+    """One lap: all completions of all prompts, at full length."""
     model = loaded()
     cache = CacheConfig(
         cache_size=prompt_tokens + workload["completion_tokens"],
@@ -155,7 +155,7 @@ def step() -> None:
     )
 
     def batches() -> Iterator[dict[str, Any]]:
-        # The learner asks for the next batch when a step is over.
+        # The learner requests the next batch after each step.
         lap(versions=versions, prompt_logprob=prompt_logprob(actor))
         while True:
             yield {"prompts": np.array(prompts)}

@@ -25,6 +25,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from jaxrl_llm.addresses import is_address, working_directory
+from jaxrl_llm.bounds import error_line
 from jaxrl_llm.reporting.ownership import FILE, owned_place
 from jaxrl_llm.reporting.shares import BROUGHT, Share, step_folder, step_folders, step_number
 
@@ -88,7 +89,7 @@ class Mirror:
             return {}
         except Exception as error:  # of the storage's own kinds
             raise ValueError(
-                f"{self.address} cannot be reached: {_short(error)}; mend that, or give another place"
+                f"{self.address} cannot be reached: {error_line(error)}; restore access, or give another address"
             ) from error
         sizes = {name[len(self.root) + 1 :]: int(info["size"]) for name, info in found.items()}
         whole = {name.removesuffix(_META) for name in sizes if name.endswith(_META)}
@@ -280,7 +281,7 @@ class Mirror:
             try:
                 self.push()
             except Exception as error:
-                self.say(f"{self.address} cannot be written now ({_short(error)}); the run goes on, and tries again")
+                self.say(f"{self.address} cannot be written now ({error_line(error)}); the run continues and retries")
 
         self._thread = threading.Thread(target=work, name="mirror", daemon=True)
         self._thread.start()
@@ -310,8 +311,8 @@ class Mirror:
                     self.push()
                 except Exception as error:
                     raise ConnectionError(
-                        f"{self.address} cannot be written ({_short(error)}); the run is whole in {self.directory}: "
-                        f"jaxrl train --resume {self.address} on this machine brings it there"
+                        f"{self.address} cannot be written ({error_line(error)}); {self.directory} has the whole "
+                        f"run: jaxrl train --resume {self.address} on this machine uploads it"
                     ) from error
 
     def _local(self) -> list[str]:
@@ -380,7 +381,3 @@ def _stamp(file: Path) -> list[int] | None:
     except FileNotFoundError:
         return None
     return [found.st_size, found.st_mtime_ns]
-
-
-def _short(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"

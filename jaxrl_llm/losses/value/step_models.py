@@ -1,4 +1,4 @@
-"""Losses of networks that score steps or completions, from returns, step labels or a label of the whole."""
+"""Losses of networks that score steps, from returns or step labels."""
 
 from __future__ import annotations
 
@@ -111,35 +111,9 @@ def step_label_likelihood(
     chex.assert_rank([process_values, process_scores, step_labels, length, weight], [2, 1, 2, 1, 1])
     inside = jnp.arange(step_labels.shape[1])[None, :] < length[:, None]
     labels = jnp.where(inside, step_labels.astype(jnp.float32), jnp.nan)
-    return _labelled(behind_tokens(process_values, process_scores, length), labels, weight[:, None])
-
-
-def outcome_label_likelihood(
-    reward_scores: Float[Array, "B"], preferred: Float[Array, "B"], weight: Float[Array, "B"]
-) -> Loss:
-    """An outcome reward model: cross-entropy of a label of the whole answer, read after its last token.
-
-        x = -y * log sigmoid(z) - (1 - y) * log sigmoid(-z)
-
-    Args:
-      reward_scores: z, output of the network `reward` for each row.
-      preferred: y, 1 for a right answer and 0 for a wrong one, or a share; rows below 0 have no label.
-      weight: weight of each row; 0 is absent.
-
-    Returns:
-      The loss as a sum and a count of rows. Metric: `right_share`.
-
-    Reference: outcome reward models (2110.14168).
-    Certainty: verified
-    """
-    chex.assert_rank([reward_scores, preferred, weight], 1)
-    return _labelled(reward_scores, jnp.where(preferred >= 0, preferred.astype(jnp.float32), jnp.nan), weight)
-
-
-def _labelled(z, labels, weight) -> Loss:
-    counts = jnp.where(jnp.isnan(labels), 0.0, jnp.broadcast_to(weight, labels.shape).astype(jnp.float32))
+    counts = jnp.where(jnp.isnan(labels), 0.0, jnp.broadcast_to(weight[:, None], labels.shape).astype(jnp.float32))
     y = jnp.where(counts > 0, labels, 0.0)
-    z = jnp.where(counts > 0, z.astype(jnp.float32), 0.0)
+    z = jnp.where(counts > 0, behind_tokens(process_values, process_scores, length).astype(jnp.float32), 0.0)
     loss = counts * (jax.nn.softplus(z) - y * z)
     right = counts * ((z > 0) == (y > 0.5))
     return Loss(loss.sum(), counts.sum(), {"right_share": (right.sum(), counts.sum())})

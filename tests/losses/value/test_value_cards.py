@@ -89,7 +89,6 @@ EXAMPLES = {
         (*behind([[1, -0.5, 0], [-1, 2, -1]], [3, 3])[:2], LABELS, [3, 3], [1.0, 1]),
         0.556882,
     ),
-    "orm": (losses.outcome_label_likelihood, ([2.0, -1, 0], [1.0, 1, 0], [1.0] * 3), 0.711112),
     **{
         f"steps, {form}": (
             partial(rewards.aggregated_steps, form=form),
