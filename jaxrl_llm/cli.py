@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import _thread
 import argparse
 import errno
 import importlib
 import logging
 import os
 import sys
-import threading
 import traceback
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 from jaxrl_llm import __version__
@@ -20,7 +17,7 @@ from jaxrl_llm.bounds import shortened
 from jaxrl_llm.commands.data_options import add_data
 from jaxrl_llm.commands.evaluation_options import add_eval, add_report
 from jaxrl_llm.commands.model_options import add_merge, add_model_files, add_pairs
-from jaxrl_llm.commands.output import Lasting, unwrapped
+from jaxrl_llm.commands.output import Lasting, interrupts_kept, unwrapped
 from jaxrl_llm.shipped import config_path
 
 
@@ -42,10 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     if options.outlives_output:
         sys.stdout, sys.stderr = Lasting(sys.stdout), Lasting(sys.stderr)
-    before = sys.unraisablehook
-    sys.unraisablehook = partial(_interrupted_again, before)
     try:
-        status, why = _status(options)
+        with interrupts_kept():
+            status, why = _status(options)
         _leave_others(status, why)
         sys.stdout.flush()
     except KeyboardInterrupt:
@@ -53,7 +49,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         status = _CLOSED
     finally:
-        sys.unraisablehook = before
         sys.stdout, sys.stderr = unwrapped(sys.stdout), unwrapped(sys.stderr)
     if status == _CLOSED:  # else the interpreter prints an error when it flushes stdout at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -61,14 +56,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 _CLOSED = 141
-
-
-def _interrupted_again(before: Callable[[Any], Any], told: Any) -> None:
-    """Repeat a Ctrl-C whose exception was lost, because it was raised in a callback of the garbage collector."""
-    if isinstance(told.exc_value, KeyboardInterrupt):
-        threading.Timer(0.05, _thread.interrupt_main).start()  # outside of the callback
-    else:
-        before(told)
 
 
 def _status(options: argparse.Namespace) -> tuple[int, str | None]:
