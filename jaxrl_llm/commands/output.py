@@ -9,6 +9,8 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+from jaxrl_llm.bounds import shortened
+
 
 class Lasting:
     """A stream whose `write` never fails, also when its reader has closed it or its disk is full."""
@@ -37,6 +39,13 @@ class Lasting:
 def unwrapped(stream: Any) -> Any:
     """The stream that a `Lasting` one wraps; any other stream itself."""
     return stream.stream if isinstance(stream, Lasting) else stream
+
+
+def message_of(error: BaseException) -> str:
+    """The message of an error for the user; of a system error, its path and its cause."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{shortened(str(error.filename), 200)} cannot be used: {error.strerror}"
+    return shortened(str(error), 4000)
 
 
 @contextlib.contextmanager
