@@ -17,8 +17,11 @@ import pytest
 from rich.console import Console
 
 from jaxrl_llm.cli import main
-from jaxrl_llm.config import Config, parse_config, read_tree
+from jaxrl_llm.commands.scored_pairs import reference_lines
+from jaxrl_llm.config import Config, NetworkConfig, parse_config, read_tree
 from jaxrl_llm.data import CharacterTokenizer, tasks
+from jaxrl_llm.data.row_files import row_objects
+from jaxrl_llm.data.written import judged_groups
 from jaxrl_llm.models.decoder import transformer
 from jaxrl_llm.models.export import save_model
 from jaxrl_llm.models.transformer_config import TransformerConfig
@@ -113,6 +116,33 @@ def test_dpo_learns_from_a_file_of_pairs(micro):
     assert seen[-1]["loss/dpo"] < seen[0]["loss/dpo"] - 0.02
     assert seen[-1]["margin/dpo"] > 0 == seen[0]["margin/dpo"]
     assert seen[-1]["preferred_share/dpo"] > 0.6
+
+
+def test_dpo_with_the_reference_of_its_file_is_dpo_without_a_reference(micro, files, tmp_path):
+    config = micro("dpo", "pairs")
+    built = parts(config)
+    params = built.step.init(jax.random.key(0)).params
+    records, groups = row_objects(files["pairs"], "pairs")[0], judged_groups(files["pairs"], "pairs").groups
+    told = reference_lines(built.model, params, built.tokenizer, records, groups, 5)
+    (tmp_path / "scored.jsonl").write_text("".join(json.dumps(line) + "\n" for line in told))
+    stored = replace(config, source=({"pairs": {"file": str(tmp_path / "scored.jsonl"), "groups_per_step": 8}},))
+    assert not parts(stored).step.composition.networks
+    assert "reference" in built.step.composition.networks
+    wanted, found = learned(config, 3), learned(stored, 3)
+    for one, other in zip(wanted, found, strict=True):
+        np.testing.assert_allclose(other["loss/dpo"], one["loss/dpo"], rtol=1e-6)
+    moving = replace(stored, networks={"reference": NetworkConfig(copy_every=2)})
+    with pytest.raises(ValueError, match=r"networks.reference follows the policy, but the rows of the source have"):
+        parts(moving)
+    for change, message in (
+        ({"reference_tokens": [1, 2]}, "line 1 has reference_logprobs of other tokens"),
+        ({"reference_logprobs": [[0.0]]}, "there must be 2 of each, as jaxrl pairs --reference writes them"),
+        ({"reference_logprobs": None}, "has reference_logprobs in some rows only"),
+    ):
+        lines = [{**told[0], **change}, *told[1:]]
+        (tmp_path / "scored.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        with pytest.raises(ValueError, match=message):
+            parts(stored)
 
 
 @pytest.mark.slow

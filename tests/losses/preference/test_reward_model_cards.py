@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import jax
@@ -88,7 +89,7 @@ EXAMPLES = {
     "moss, contrast": (
         partial(losses.sentence_contrast, temperature=0.5),
         {"contrast_scores": jnp.array([[1.0, 0], [0, 1], [1, 1], [7, 7]]), "own_place": jnp.arange(4)}
-        | {"candidates": jnp.broadcast_to(jnp.array([[1, 0.2], [0.1, 1], [0.8, 1], [0, 0]]), (4, 4, 2))}
+        | {"candidates": jnp.array([[1, 0.2], [0.1, 1], [0.8, 1], [0, 0]])}
         | {"weight": jnp.array([1.0, 1, 1, 0])},
         0.662494 * 3,
     ),
@@ -287,6 +288,28 @@ def test_gradients_are_finite_and_where_they_belong():
         assert np.isfinite(at(60.0)[name]).all(), name
     assert slopes["attributes"][0, 2] == 0  # without a rating
     np.testing.assert_allclose(slopes["plackett-luce"][:3].sum(), 0.0, atol=1e-6)  # invariant to a shift
+
+
+def _largest(jaxpr):
+    """Entries of the largest array of a program and of the programs inside it."""
+    is_jaxpr = lambda leaf: hasattr(leaf, "eqns") or hasattr(leaf, "jaxpr")  # noqa: E731
+    leaves = [leaf for e in jaxpr.eqns for leaf in jax.tree.leaves(e.params, is_leaf=is_jaxpr) if is_jaxpr(leaf)]
+    inside = [_largest(getattr(leaf, "jaxpr", leaf)) for leaf in leaves]
+    return max([*inside, *(math.prod(v.aval.shape) for e in jaxpr.eqns for v in e.outvars)], default=0)
+
+
+def test_what_compares_all_rows_or_tokens_holds_few_of_them_at_once():
+    """The gradient, too: 2048 rows in groups of 4, or 16 rows of 64 tokens."""
+    rows, group = jnp.zeros(2048), jnp.arange(2048) // 4
+    spread = lambda r: losses.score_spread(r, jnp.ones((2048, 1)), group).value  # noqa: E731
+    assert _largest(jax.make_jaxpr(jax.grad(spread))(rows).jaxpr) <= 64 * 2048
+    blend = schedules.implicit_blend(primary="a", reward_names=("a", "b"), form="preferences", inner_steps=2)
+    given = jnp.zeros((2048, 2)), jnp.zeros((2048, 4)), group, jnp.ones(2048), jnp.int32(0)
+    assert _largest(jax.make_jaxpr(blend.update)(blend.init(), *given).jaxpr) <= 64 * 2048
+    assert losses.embeddings_of_all(jnp.ones((2048, 4)), jnp.ones(2048))[0].shape == (2048, 4)
+    states, label = jnp.zeros((16, 64, 8)), jnp.tile(jnp.array([1.0, 0]), 8)
+    goal = lambda h: losses.goal_contrast(h, jnp.ones((16, 64)), group[:16] // 2, label, jnp.ones(16)).value  # noqa: E731
+    assert _largest(jax.make_jaxpr(jax.grad(goal))(states).jaxpr) <= 4 * 64 * 64
 
 
 def test_two_answers_are_bradley_terry():
