@@ -94,7 +94,7 @@ def test_a_checkpoint_without_its_meta_is_not_there(tmp_path, address, monkeypat
     here.say = said.append
     here.push_later()
     here._thread.join()
-    assert re.search(r"demo cannot be written now \(ConnectionError: the line is down\); the run goes on", said[0])
+    assert re.search(r"demo cannot be written now \(ConnectionError: the line is down\); the run continues", said[0])
     # Records first, then arrays, then metadata: until then another machine finds the previous checkpoint.
     assert sent[:2] == ["config.yaml", "metrics.jsonl"]
     assert sent[2].endswith("d/0")
@@ -126,7 +126,7 @@ def test_what_could_not_be_brought_at_the_end_is_brought_by_the_next_start(tmp_p
             write(mirror.directory, CHECKPOINT)
             monkeypatch.setattr(mirror.fs, "put_file", broken)
 
-    with pytest.raises(ConnectionError, match=r"503 Slow Down.*; the run is whole in .*here"):
+    with pytest.raises(ConnectionError, match=r"503 Slow Down.*here has the whole run"):
         trained()
     monkeypatch.setattr(mirror.fs, "put_file", put)
     again = Mirror(address, tmp_path / "here")
