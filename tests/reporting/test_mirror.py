@@ -150,7 +150,7 @@ def test_what_is_changed_in_place_is_changed_at_the_address(tmp_path, address, m
     assert {name for name in here.there() if "/" in name} == {"checkpoints/2/meta/metadata"}
     here.fetch()  # the first machine now has an older copy
     assert "checkpoints/1/meta/metadata" not in files(here.directory)
-    with pytest.raises(ValueError, match="holds no run"), changed_in_place(f"{address}-other"):
+    with pytest.raises(ValueError, match="has no run"), changed_in_place(f"{address}-other"):
         pass
     with changed_in_place(tmp_path) as run:
         assert run == tmp_path
@@ -266,7 +266,7 @@ def test_what_is_no_run_is_refused(tmp_path, address, monkeypatch):
     assert working_directory(address) == tmp_path / "jaxrl_llm/runs/memory/bucket/runs/demo"
     assert local_copy(tmp_path) == tmp_path
     assert not is_address(tmp_path)
-    with pytest.raises(ValueError, match="memory://bucket/runs/demo holds no run"):
+    with pytest.raises(ValueError, match="memory://bucket/runs/demo has no run"):
         local_copy(address)
     with pytest.raises(ValueError, match="nowhere://a cannot be reached: Protocol not known: nowhere"):
         Mirror("nowhere://a")
