@@ -51,9 +51,9 @@ Every name that the functions of a step may ask for, written by `python docs/bui
 not edit it. [engine.md](engine.md) says how names are used.
 
 Shapes: `scalar` is one number, `row` [B], `token` [B, T], `either` [B] or [B, T] (one number a row is spread over its
-tokens), `vector` [B, ...], `prompt` [B, P]; B rows, T completion tokens, P prompt tokens. *Fillable*: an entry of
-`credit` may fill it. *Absent*: what it holds, where that is not 0, in rows that do not know it, such as written rows
-beside samples.
+tokens), `vector` [B, ...], `prompt` [B, P], `batch` [B, ...] (every part of a batch sees all of it); B rows, T
+completion tokens, P prompt tokens. *Fillable*: an entry of `credit` may fill it. *Absent*: what it holds, where that is
+not 0, in rows that do not know it, such as written rows beside samples.
 
 Names that no row of the table has are made by rules. `NETWORK` is a key of section `networks` (or `policy`, which may
 be left out; of values, `value` may), `VIEW` a key of section `views`.

@@ -36,6 +36,15 @@ def shortened(text: str, most: int = LONGEST_MESSAGE) -> str:
     return f"{text[:kept]}...{text[-kept:]} ({len(text):,} characters)"
 
 
+def error_line(error: BaseException) -> str:
+    """The type and the message of an error in one line of limited length.
+
+    >>> error_line(ValueError("a\nb"))
+    'ValueError: a b'
+    """
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+
+
 def natural(text: str) -> int | None:
     """The integer of a text of up to 18 ASCII digits; None for any other text, including other Unicode digits.
 

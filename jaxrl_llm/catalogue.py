@@ -51,19 +51,21 @@ _PLAN_NEEDS = {
     "scaffolded": "scaffolds",
 }
 _TWO_ROUNDS = ("resume", "parallel_threads", "demonstration_prefix", "helped")
-EVERY_NEED = (
-    *every_need(),
-    *(
-        "replay",
-        "prefixes",
-        "environment",
-        "memory",
-        "several rounds",
-        "branches",
-        "views",
-        "choice of prompts",
-        "stages",
-    ),
+EVERY_NEED = tuple(
+    dict.fromkeys(
+        [
+            *every_need(),
+            "replay",
+            "prefixes",
+            "environment",
+            "memory",
+            "several rounds",
+            "branches",
+            "views",
+            "choice of prompts",
+            "stages",
+        ]
+    )
 )
 
 # Public helper functions that are not entries of recipes.
@@ -173,11 +175,6 @@ def recipes() -> list[dict[str, Any]]:
 def recipes_with(function: str) -> list[str]:
     """Names of the recipes that use a function."""
     return [entry["name"] for entry in recipes() if function in entry["functions"]]
-
-
-def is_recipe(name: str) -> bool:
-    """Whether a shipped recipe of a published method has this name."""
-    return any(entry["name"] == name for entry in recipes())
 
 
 def described_recipe(name: str) -> dict[str, Any]:

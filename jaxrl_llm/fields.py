@@ -16,8 +16,9 @@ from jaxrl_llm.experience import Experience
 from jaxrl_llm.network_names import HEADS, compared_with, score_named
 from jaxrl_llm.shipped import nearest
 
-# scalar []; row [B]; token [B T]; either: row or token, a row's value is broadcast; vector [B ...]; prompt [B P].
-Kind = Literal["scalar", "row", "token", "either", "vector", "prompt"]
+# scalar []; row [B]; token [B T]; either: row or token, a row's value is broadcast; vector [B ...]; prompt [B P];
+# batch [B ...]: an entry for each row of the batch, all of which a loss sees on any part of the batch.
+Kind = Literal["scalar", "row", "token", "either", "vector", "prompt", "batch"]
 
 
 class Field(NamedTuple):
@@ -136,6 +137,7 @@ _ROWS: Any = (
     ("entropy_history", "token", "credit", "mean entropy of earlier updates at the token's turn; 0: none", 0.0, True),
     ("position_entropy", "row", "credit", "entropy of the tokens after the prompt in the data", float("nan"), True),
     ("kl_coefficients", "row", "credit", "cost of a nat of divergence per row, in units of reward", 0.0, True),
+    ("candidates", "batch", "credit", "an embedding of each row, with which the rows are contrasted", 0.0, True),
     ("kl_anchor", "row", "credit", "the estimate of the KL to the reference in KTO, in nats", 0.0, True),
     # data
     ("demonstration_tokens", "token", "data", "reference completion, right-padded"),
@@ -312,6 +314,11 @@ def kind_of(name: str) -> Kind:
 _ENDINGS: Mapping[str, Kind] = {"_logprobs": "token", "_entropy": "token", "_scores": "row"}
 
 
+def of_batch(rows: Experience) -> dict[str, Any]:
+    """The fields of rows that every part of their batch sees whole."""
+    return {name: value for name, value in rows.fields.items() if kind_of(name) == "batch"}
+
+
 def absent_value(name: str) -> float:
     """The value of a field in rows where it is unknown."""
     return FIELDS[name].absent if name in FIELDS else 0.0
@@ -355,7 +362,7 @@ def check_shape(value: Any, name: str, by: str, rows: Experience) -> None:
     """Raise ValueError unless a value has the shape of its field."""
     count, width = rows.tokens.shape
     kind = kind_of(name) if name in FIELDS else "vector"
-    if kind == "vector":
+    if kind in ("vector", "batch"):
         if value.ndim == 0 or value.shape[0] != count:
             raise ValueError(
                 f"{name} {by!r} returned shape {value.shape} for {count} completions; its first axis must have one "

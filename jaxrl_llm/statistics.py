@@ -8,6 +8,8 @@ by a constant does not change its mean and standard deviation.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -17,6 +19,17 @@ from jaxtyping import Array, Bool, Float, Int
 def present(values: Float[Array, "B"], weight: Float[Array, "B"]) -> Float[Array, "B"]:
     """`values` in float32, 0 in absent rows (which may hold NaN)."""
     return jnp.where(weight > 0, values.astype(jnp.float32), 0.0)
+
+
+def by_row(function: Callable[..., Array], *rows: Array, together: int = 32) -> Array:
+    """The results of a function of one row, for a few rows at a time and once more for the gradient.
+
+    What compares every row with every other one is then never held for all rows at once.
+
+    >>> by_row(lambda x: (x > jnp.array([1.0, 3.0])).sum(), jnp.array([2.0, 4.0])).tolist()
+    [1, 2]
+    """
+    return jax.lax.map(lambda row: jax.checkpoint(function)(*row), rows, batch_size=together)
 
 
 def group_sum(values: Float[Array, "B"], group: Int[Array, "B"], weight: Float[Array, "B"]) -> Float[Array, "B"]:

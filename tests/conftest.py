@@ -1,4 +1,4 @@
-"""What all tests share: the platform, one store of compiled programs, and one small run from start to final table."""
+"""Shared fixtures: the platform, one cache of compiled programs, and one small complete run."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
-# Before anything imports jax: the tests are about what programs compute, not about the machine that they run on.
+# Set before jax is imported: tests check the results of programs on the CPU.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Nor about how fast they do it: thousands of tiny programs compile in half of the time where little is optimised.
-# Processes that tests start inherit it. JAXRL_TESTS_OPTIMISED=1 leaves the compiler as users have it.
+# Without most optimisations, thousands of tiny programs compile in half of the time.
+# Child processes inherit it. JAXRL_TESTS_OPTIMISED=1 compiles with the default optimisations.
 if os.environ["JAX_PLATFORMS"] == "cpu" and os.environ.get("JAXRL_TESTS_OPTIMISED", "0") in ("", "0"):
     os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
     flags = "--xla_cpu_parallel_codegen_split_count=1"
-    # A flag that a jaxlib does not know ends the process; this one is gone in 0.12.
+    # An unknown flag ends the process; jaxlib 0.12 no longer has this one.
     if tuple(int(part) for part in version("jaxlib").split(".")[:2]) < (0, 11):
         flags += " --xla_cpu_use_fusion_emitters=false"
     os.environ["XLA_FLAGS"] = f"{flags} {os.environ.get('XLA_FLAGS', '')}".strip()
@@ -37,15 +37,15 @@ from jaxrl_llm.compilation_cache import compilation_cache_directory
 from jaxrl_llm.experience import Method
 from jaxrl_llm.models.model import Model
 
-# The kernel gives a process 65,530 maps, and each program takes several.
+# The kernel allows 65,530 memory maps per process, and each program needs several.
 MOST_MAPS = 4_000
-# A program kept between runs takes 5 kB; those used least recently go first.
+# A cached program takes 5 kB; the least recently used are removed first.
 MOST_BYTES_KEPT = 1 << 30
 SECONDS = {"slow": 1800, "aot": 1800}
 
 
 def pytest_collection_modifyitems(items):
-    """What is marked as long gets more time than the bound of pyproject.toml."""
+    """Tests marked as long have more time than the timeout of pyproject.toml."""
     for item in items:
         seconds = [seconds for name, seconds in SECONDS.items() if item.get_closest_marker(name)]
         if seconds and not item.get_closest_marker("timeout"):
@@ -53,9 +53,9 @@ def pytest_collection_modifyitems(items):
 
 
 def programs_of_tests() -> Path | None:
-    """Where programs are kept between runs of the tests: beside those of users, for this kind of machine and jax.
+    """The cache of programs between runs of the tests, next to that of users, for this kind of machine and jax.
 
-    As for users, JAX_COMPILATION_CACHE_DIR names another directory, and JAXRL_COMPILATION_CACHE=0 keeps nothing.
+    As for users, JAX_COMPILATION_CACHE_DIR sets another directory, and JAXRL_COMPILATION_CACHE=0 disables it.
     """
     directory = compilation_cache_directory()
     if directory is None or os.environ.get("JAX_COMPILATION_CACHE_DIR"):
@@ -64,26 +64,26 @@ def programs_of_tests() -> Path | None:
 
 
 def pytest_collection_finish():
-    """What was imported lives until the end: searching it for garbage again and again takes seconds."""
+    """Imported modules are excluded from garbage collection, which would search them repeatedly for seconds."""
     gc.collect()
     gc.freeze()
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_logreport(report):
-    """A worker that dies ends the run: the others are not waited for, who may have long to go, or hang as well."""
+    """A worker that dies ends the run, without waiting for the others, which may also hang."""
     if report.when == "???" and report.failed:
         pytest.exit(report.longrepr, returncode=1)
 
 
 def pytest_sessionfinish(session):
-    """Once a run, not in each worker: what is kept between runs is held to its bound."""
+    """Limit the size of the cache, once per run and not in each worker."""
     directory = programs_of_tests()
     if hasattr(session.config, "workerinput") or directory is None or os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         return
     found = []
     for path in directory.glob("*-cache"):
-        with contextlib.suppress(OSError):  # another run may tidy up, too
+        with contextlib.suppress(OSError):  # another run may remove files, too
             found.append((path.stat().st_atime, path.stat().st_size, path))
     size = sum(size for _, size, _ in found)
     for _, one, path in sorted(found):
@@ -94,7 +94,7 @@ def pytest_sessionfinish(session):
 
 
 def written_at_once(path: Path, value: bytes) -> None:
-    """A reader, or whoever comes after this process is killed, finds all of a file or nothing."""
+    """Write atomically, so that readers find a complete file or none, even after a kill."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}")
     partial.write_bytes(value)
     partial.replace(path)
@@ -102,7 +102,7 @@ def written_at_once(path: Path, value: bytes) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def compiled_programs(tmp_path_factory):
-    """Programs compiled once are read back by later tests, other workers, the processes of tests and later runs."""
+    """A compilation cache shared by tests, workers, child processes and later runs."""
     directory = programs_of_tests()
     try:
         directory = directory or tmp_path_factory.mktemp("jax")
@@ -119,7 +119,7 @@ def compiled_programs(tmp_path_factory):
         jax.config.update(name, value)
         patch.setenv(name.upper(), str(value))
 
-    # jax writes in place, and never again what is there: half of a program would stay for ever.
+    # jax writes in place and does not overwrite, so an incomplete program would stay in the cache.
     from jax._src import lru_cache
 
     def put(self, key, value):
@@ -142,7 +142,7 @@ def maps_of_this_process() -> int | None:
 
 @pytest.fixture(scope="module", autouse=True)
 def freed_programs():
-    """Compiled programs do not pile up: a worker lives through a hundred modules."""
+    """Clear compiled programs after each module, since a worker runs a hundred modules."""
     yield
     maps = maps_of_this_process()
     if maps is None or maps > MOST_MAPS:
@@ -152,7 +152,7 @@ def freed_programs():
 
 @pytest.fixture(scope="session")
 def make_bigram():
-    """A model whose next symbol depends on the last one alone, by a table of scores: it compiles in no time."""
+    """A bigram model with a table of scores, which compiles quickly."""
 
     def make(vocabulary_size: int) -> Model:
         return Model(
@@ -171,13 +171,13 @@ def make_bigram():
 
 @pytest.fixture(scope="session")
 def data_directory(tmp_path_factory) -> str:
-    """Data sets of all runs: written once."""
+    """The data directory of all runs, written once."""
     return str(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="session")
 def micro_config(data_directory) -> dict:
-    """A config whose run takes seconds: with a reference that is refreshed, a method with memory, minibatches."""
+    """A config of a run of a few seconds, with a refreshed reference, a method with memory, and minibatches."""
     return {
         "name": "micro",
         "task": {
@@ -224,7 +224,7 @@ def micro_config(data_directory) -> dict:
 
 @pytest.fixture(scope="session")
 def micro_yaml(micro_config, tmp_path_factory) -> Path:
-    """The same as a file."""
+    """The micro config as a file."""
     path = tmp_path_factory.mktemp("configs") / "micro.yaml"
     path.write_text(yaml.safe_dump(micro_config))
     return path
@@ -232,7 +232,7 @@ def micro_yaml(micro_config, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def finished_run(micro_yaml, tmp_path_factory) -> SimpleNamespace:
-    """`jaxrl train --json` on the micro config: its directory, summary, seconds and what it showed. Read only."""
+    """`jaxrl train --json` on the micro config: its directory, summary, seconds and output. Read only."""
     from jaxrl_llm import cli
 
     directory = tmp_path_factory.mktemp("runs") / "micro"
@@ -251,11 +251,11 @@ class EngineServer:
 
     Attributes:
       sample: request -> (tokens, log-probabilities).
-      dialect: "vllm" says ids in both ways, "sglang" in a field of their own, "tokens" as token_id:123 alone.
+      dialect: "vllm" has ids in both forms, "sglang" in a separate field, "tokens" only as token_id:123.
       routes: further addresses: path -> (request -> answer).
       spoil: answer -> answer.
-      statuses: HTTP statuses that the next requests are answered with.
-      seconds: that an answer takes, its body coming in pieces.
+      statuses: HTTP statuses of the next answers.
+      seconds: duration of an answer, whose body is sent in pieces.
       seen: (path, request, headers) of every POST.
     """
 
@@ -291,7 +291,7 @@ class EngineServer:
                 content = (
                     answer if isinstance(answer, bytes) else b"" if answer is None else json.dumps(answer).encode()
                 )
-                with contextlib.suppress(ConnectionError):  # the other side may have given up
+                with contextlib.suppress(ConnectionError):  # the client may have disconnected
                     self.send_response(status)
                     self.send_header("Content-Length", str(len(content)))
                     self.end_headers()
@@ -343,10 +343,10 @@ def serve():
 
 
 def one_program(function):
-    """The function, compiled as a whole for what it is called with: one program instead of one for each operation.
+    """The function compiled as one program per set of arguments, instead of one program per operation.
 
-    Arrays are traced and the rest is fixed. What a function makes of no array at all (a configured loss, a method with
-    memory) is compiled in the same way; a function that reads the values of its arrays runs as it is.
+    Arrays are traced, other arguments are static. Functions that a factory returns (a configured loss, a method with
+    memory) are compiled in the same way; a function that needs the values of its arrays is not compiled.
     """
 
     @functools.cache
@@ -365,12 +365,12 @@ def one_program(function):
         arrays = [leaf for leaf in leaves if isinstance(leaf, (jax.Array, np.ndarray))]
         if not arrays:
             return as_one_program(function(*args, **kwargs))
-        # The type, too: 1, 1.0 and True are equal.
+        # With the type, since 1, 1.0 and True are equal.
         fixed = [(None, TRACED) if isinstance(leaf, (jax.Array, np.ndarray)) else (type(leaf), leaf) for leaf in leaves]
         try:
             program = compiled(structure, tuple(fixed))
             return program(arrays)
-        except TypeError:  # of unhashable arguments, and of whatever needs to know the numbers
+        except TypeError:  # for unhashable arguments, and functions that need concrete values
             return function(*args, **kwargs)
 
     return whole
@@ -387,7 +387,7 @@ def as_one_program(value):
 
 @pytest.fixture(scope="module")
 def whole_functions(request):
-    """Compile the pure functions of the package that the test module calls as a whole, as users do."""
+    """Compile the pure functions of the package that a test module calls, as users do."""
     for name, value in list(vars(request.module).items()):
         if inspect.isfunction(value) and value.__module__.startswith(("jaxrl_llm.advantages", "jaxrl_llm.losses")):
             setattr(request.module, name, one_program(value))

@@ -161,7 +161,6 @@ def test_an_empty_directory_has_no_recipes(folder):
 def test_a_missing_directory_has_no_recipes(monkeypatch, tmp_path):
     monkeypatch.setattr(shipped, "recipe_directory", lambda: tmp_path / "absent" / "methods")
     assert catalogue.recipes() == []
-    assert not catalogue.is_recipe("dapo")
 
 
 def test_a_recipe_is_read_with_its_base_and_described_whole(folder):

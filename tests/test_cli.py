@@ -1,4 +1,4 @@
-"""The command line, called as a function: what it prints, what it returns, and one sentence for bad input."""
+"""The command line, called as a function: its output, its status, and one sentence for bad input."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from jaxrl_llm.shipped import method_files
 
 @pytest.fixture
 def jaxrl(capsys):
-    """Call the command; gives what it printed, and its JSON where it printed that."""
+    """Call the command; returns its output, and its JSON if it prints JSON."""
 
     def run(*arguments: str):
         assert cli.main(arguments) == 0, capsys.readouterr().err
@@ -33,7 +33,7 @@ def jaxrl(capsys):
 
 @pytest.fixture
 def refused(capsys):
-    """Call the command with bad input; gives the one paragraph that it says."""
+    """Call the command with bad input; returns its message."""
 
     def run(*arguments: str) -> str:
         assert cli.main(arguments) == 2
@@ -46,7 +46,7 @@ def refused(capsys):
     return run
 
 
-# ---- what there is --------------------------------------------------------------------------------------------------
+# ---- inventories ----------------------------------------------------------------------------------------------------
 
 
 def test_tasks_are_listed(jaxrl):
@@ -171,7 +171,7 @@ def test_eval_measures_the_newest_checkpoint_of_a_run(jaxrl, finished_run):
     assert (found["split"], found["problems"], found["samples_per_problem"]) == ("test", 12, 4)
     assert {"greedy", "pass@1", "pass@2", "pass@4", "maj@2", "maj@4"} <= found.keys()
     assert found["pass@1"] <= found["pass@2"] <= found["pass@4"]
-    # Greedy decoding draws nothing, so it is what the run itself measured.
+    # Greedy decoding is deterministic, so it equals the run's own evaluation.
     assert found["greedy"] == finished_run.summary["after"]["greedy"]
     text = jaxrl("eval", str(finished_run.directory / "checkpoints" / "18"), "--k", "1,2,4")
     assert "pass@4" in text
@@ -323,7 +323,7 @@ def test_lists_and_wrong_names_need_no_jax(tmp_path):
         done = subprocess.run([sys.executable, "-c", code, *words], env=environment, capture_output=True, text=True)
         return done.returncode, done.stderr
 
-    assert [run("tasks")[0], run("methods")[0]] == [9, 9]  # made once
+    assert [run("tasks")[0], run("methods")[0]] == [9, 9]  # cached
     assert [run("tasks")[0], run("methods")[0], run("methods", "--functions")[0]] == [0, 0, 0]
     first = min(path.stem for path in method_files())
     for words, said in (

@@ -1,4 +1,4 @@
-"""Configs: every shipped one loads and composes, and what is wrong with one is said in a sentence."""
+"""Configs: every shipped one loads and composes, and invalid ones are refused with one sentence."""
 
 from __future__ import annotations
 
@@ -24,8 +24,9 @@ from jaxrl_llm.config import (
     placement_tree,
     read_tree,
 )
-from jaxrl_llm.config.parsing import _assign
+from jaxrl_llm.config.parsing import ROW_KINDS, _assign
 from jaxrl_llm.data import CharacterTokenizer
+from jaxrl_llm.data.judged_rows import READERS
 from jaxrl_llm.experience import Loss
 from jaxrl_llm.models import TransformerConfig, save_model, transformer
 from jaxrl_llm.run.checkpoints import config_hash
@@ -35,7 +36,7 @@ from jaxrl_llm.shipped import recipe_path
 
 ROOT = Path(__file__).parents[1]
 # qwen3_gsm8k needs a checkpoint and a data file: tests/test_pretrained.py runs it with both.
-# Those of plans are for machines that are not here; tests of `jaxrl plan` read them.
+# Configs of plans are for other machines; the tests of `jaxrl plan` read them.
 SHIPPED = sorted(
     path for path in (ROOT / "configs").rglob("*.yaml") if path.stem != "qwen3_gsm8k" and path.parent.name != "plans"
 )
@@ -50,13 +51,14 @@ def parsed(micro_config):
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory, data_directory):
-    """What shipped configs name and users have: files of judged answers, and networks, in the working directory."""
+    """Files of judged answers and networks in the working directory, to which shipped configs refer."""
     folder = tmp_path_factory.mktemp("files")
     judged = {
-        "pairs": {"prompt": "A:1+2", "chosen": "3", "rejected": "4"},
+        "pairs": {"prompt": "A:1+2", "chosen": "3", "rejected": "4", "margin": 1, "reference": "3"},
+        "verdicts": {"prompt": "A:1+2", "first": "3", "second": "4", "better": "first"},
         "ratings": {"prompt": "A:1+2", "completion": "3", "rating": 3.0, "helpfulness": 3, "verbosity": 1},
         "rankings": {"prompt": "A:1+2", "completions": ["3", "4"]},
-        "steps": {"prompt": "A:1+2", "steps": ["1;", "3"], "labels": [1, 1]},
+        "steps": {"prompt": "A:1+2", "steps": ["1;", "3"], "labels": [1, 0]},
     }
     written = {"prompt": "A:1+2", "completion": "3", "top_tokens": [[4], [2]], "top_logprobs": [[-0.1], [-0.2]]}
     for name, line in (judged | {"distributions": written}).items():
@@ -73,10 +75,10 @@ def files(tmp_path_factory, data_directory):
 def test_every_shipped_config_loads_and_composes(path, files, data_directory, monkeypatch):
     monkeypatch.chdir(files)
     monkeypatch.setenv("XDG_CACHE_HOME", data_directory)
-    few = ["task.train_items=512", "task.validation_items=64", "task.test_items=64"]
-    config = load_config(
-        path, few if "train_items" in read_tree(path).get("task", {}) else [], vocabulary_size=VOCABULARY
-    )
+    told = ["data.path=pairs.jsonl"] if path.stem == "reward_model" else []
+    if "train_items" in read_tree(path).get("task", {}):
+        told += ["task.train_items=512", "task.validation_items=64", "task.test_items=64"]
+    config = load_config(path, told, vocabulary_size=VOCABULARY)
     for stage in staged(config):
         c, own = stage["parts"].step.composition, stage["parts"].config
         assert (len(c.rewards), len(c.losses)) == (len(own.rewards), len(own.losses))
@@ -364,7 +366,7 @@ def test_the_hash_covers_exactly_the_fields_that_are_not_free(parsed):
     assert {"name", "run_dir", "about", "reporting", "checkpoints", "data.path", "data.directory"} <= free
     assert {"rollout.engine.url", "rollout.engine.concurrency"} <= free
     assert {"rollout.engine.reload_every_steps", "networks.value.learning_rate", "lora.rank", "seed"} <= decide
-    # More steps may be added where no schedule depends on their number.
+    # The number of steps may increase if no schedule depends on it.
     assert "steps" not in numeric_tree(parsed())["training"]
 
 
@@ -550,6 +552,14 @@ def test_a_network_that_no_stage_has_trained_cannot_be_read(parsed):
         assert [stage["parts"].step.composition.learning for stage in trained[1:]] == [{"judge"}, {"policy"}]
 
 
+def test_adapters_of_an_earlier_stage_are_where_the_reference_of_a_later_one_begins(parsed):
+    losses = ["clipped_surrogate", {"kl_estimate": {"coefficient": 0.1}}]
+    rl = STAGES[1] | {"losses": losses}
+    found = staged(parsed("lora={rank: 1, alpha: 1}", "warm_start.steps=0", stages=[rl, rl | {"name": "more"}]))
+    first, later = (stage["parts"].step.composition.networks["reference"].snapshot for stage in found)
+    assert (first, later) == (False, True)
+
+
 def test_mesh_auto_is_a_mesh_without_sizes(parsed):
     assert parsed("mesh=auto") == parsed()
     assert parsed("mesh.fsdp=2", "mesh.slices=1").mesh.sizes == {"slice": 1, "fsdp": 2}
@@ -582,3 +592,14 @@ def test_a_run_lies_where_it_says_or_under_its_name(parsed):
 def test_a_config_that_cannot_be_composed_is_refused(parsed, override, message):
     with pytest.raises(ValueError, match=message):
         parts(parsed(override))
+
+
+def test_data_path_is_the_file_of_judged_rows_without_one():
+    tree = {"name": "rows", "model": {}, "source": {"pairs": {"groups_per_step": 2}}, "data": {"path": "a.jsonl"}}
+    found = parse_config(tree, vocabulary_size=VOCABULARY)
+    assert (found.source, found.data.path) == (({"pairs": {"groups_per_step": 2, "file": "a.jsonl"}},), None)
+    assert not found.has_problems
+    tree["source"]["pairs"]["file"] = "b.jsonl"
+    found = parse_config(tree, vocabulary_size=VOCABULARY)  # then it holds the problems
+    assert (found.source[0]["pairs"]["file"], found.data.path) == ("b.jsonl", "a.jsonl")
+    assert tuple(READERS) == ROW_KINDS

@@ -1,4 +1,4 @@
-"""What users hand over may be damaged or hostile: it is taken or refused in one short paragraph, in bounded time."""
+"""Damaged or hostile user inputs are accepted, or refused with one short paragraph, in bounded time."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ SHORT = {"configs": 16, "models": 12, "templates": 6, "jsonl": 12}
 
 
 def bad(kind: str, count: int, seed: int) -> list[str]:
-    """What became neither taken nor refused."""
+    """Inputs that were neither accepted nor refused."""
     return [f"{each.name}: {each.message}" for each in HOSTILE.outcomes(kind, count, seed) if each.kind not in GOOD]
 
 
@@ -51,7 +51,7 @@ def test_damaged_inputs_are_taken_or_refused(kind):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", FULL)
 def test_many_damaged_inputs_are_taken_or_refused(kind):
-    before = HOSTILE.peak_bytes()  # of whatever this process has run
+    before = HOSTILE.peak_bytes()  # of earlier tests in this process
     assert bad(kind, FULL[kind], seed=2) == []
     assert HOSTILE.peak_bytes() - before < HOSTILE.MOST_BYTES
 
@@ -172,7 +172,7 @@ def test_values_of_the_wrong_type_are_refused_when_a_step_is_built(micro_config,
 @pytest.mark.parametrize(
     ("made", "message"),
     [
-        # Options that are called like a parameter of what takes them.
+        # Options with the name of a parameter of the function that receives them.
         (lambda: fields_of("prompt", **{"format": "x"}), "there is no field 'format' to map"),
         (lambda: renamed(parsed_number, **{"function": "x"}), "reads no 'function'"),
         (lambda: tasks.task("addition", **{"name": "x"}), "task 'addition' has no option 'name'"),
@@ -390,7 +390,7 @@ def test_a_template_that_asks_for_too_much_is_refused_and_the_next_one_rendered(
 
 UNITS = (" ", "1", "a", "\\", "{", "(", "-", "/", "^", "<", "=", "11,", "1 ", "\\text{", "\\frac{")
 STARTS = ("", "1 ^", "answer", "\\frac", "a")
-# Looked for at one place alone.
+# Matched at one position only.
 MATCHED = {
     "jaxrl_llm.rewards.verifiers.numbers._UNKNOWN",
     "jaxrl_llm.rewards.verifiers.text_similarity._NEXT",
@@ -400,7 +400,7 @@ MATCHED = {
 
 
 def patterns():
-    """Every pattern that a module of the package has compiled, by its place."""
+    """All compiled patterns of modules of the package, by module and name."""
     for found in pkgutil.walk_packages(jaxrl_llm.__path__, "jaxrl_llm."):
         if not found.name.endswith("__main__"):
             module = importlib.import_module(found.name)
@@ -415,7 +415,7 @@ def seconds(function, text: str) -> float:
 
 @pytest.mark.slow
 def test_no_pattern_is_quadratic():
-    """Of four times the text a linear pattern takes four times as long, and a quadratic one sixteen times."""
+    """For four times the text a linear pattern takes four times as long, and a quadratic one sixteen times."""
     known, slow = {pattern: place for place, pattern in patterns()}, []
     assert len(known) > 20
     for pattern, place in known.items():
@@ -425,7 +425,7 @@ def test_no_pattern_is_quadratic():
                 short, long, longest = (start + unit * (size // len(unit)) + "!" for size in (500, 2000, 8000))
                 if seconds(search, short) * 8 + 0.001 > seconds(search, long):
                     continue
-                # Once more beyond the bounds of bounded repeats, and the best of three: a busy machine may stall.
+                # Texts longer than bounded repeats, and the best of three, since a busy machine may stall.
                 few, many = (min(seconds(search, text) for _ in range(3)) for text in (long, longest))
                 if many > max(few * 8, 0.004):
                     slow.append((place, long[:12]))

@@ -73,7 +73,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "rollout",
         "sandbox",
     },
-    "reporting": {"addresses", "compilation_cache", "evaluation"},
+    "reporting": {"addresses", "bounds", "compilation_cache", "evaluation"},
     "config": {"addresses", "bounds", "yaml_text", "models", "parallel", "ranges", "rollout", "shipped"},
     "training": {*METHODS, "data", "models", "parallel", "rollout"},
     "run": {

@@ -1,4 +1,4 @@
-"""The recipes of published methods: there is one for every method, it says where it comes from, and it trains."""
+"""The recipes of published methods: there is one for every method, it has its reference, and it trains."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ TRAINED_ELSEWHERE |= {"llm_judge", "thought_judge", "generative_judge", "sotopia
 TRAINED_ELSEWHERE |= {"agent_rlvr", "compose", "dsp", "expo", "metacognitive_reuse", "mobile_r1"}
 TRAINED_ELSEWHERE |= {"math_shepherd", "critique_rl", "generator_and_critic"}
 
-# Every published method, and the recipes that stand for it.
+# Every published method and its recipes.
 METHODS = {
     "aggregation": ("grpo", "dapo", "dr_grpo", "bnpo", "rl_plus"),
     "REINFORCE": ("reinforce",),
@@ -107,22 +107,24 @@ METHODS = {
     "Reinforce-Ada": ("reinforce_ada",),
     "Knapsack RL": ("knapsack_rl",),
     "SCoRe": ("score",),
-    "DPO": ("dpo", "dpo_norm", "r_dpo", "ld_dpo"),
+    "DPO": ("dpo", "dpo_norm", "r_dpo", "ld_dpo", "wpo"),
+    "Token-level DPO": ("tdpo", "tgdpo"),
     "Noisy pairs": ("cdpo", "robust_dpo"),
     "Links": ("slic_hinge", "ipo", "exo", "discopop", "f_dpo", "aot"),
-    "Anchored": ("nca", "apo_zero"),
+    "Anchored": ("nca", "apo_zero", "apo_down", "bco_pair"),
     "Likelihood beside": ("rpo", "vpo", "mpo"),
     "No reference": ("simpo", "alphapo", "cpo", "orpo"),
     "KTO": ("kto", "bco"),
     "Fresh pairs": ("online_dpo", "iterative_dpo", "tr_dpo", "rso"),
     "Reward models": ("outcome_reward_model", "helpsteer_regression", "plackett_luce", "multi_attribute"),
+    "Reward models from pairs": ("helpsteer_preference", "polar", "rewarddance", "pairwise_rl"),
     "Weak-to-strong": ("weak_to_strong",),
     "Two answers at once": ("pit_gap_model", "pit_improver", "pit", "goal_conditioned"),
     "RL against reward models": ("cooper", "unpacked_ppo", "rto"),
-    "Self-play": ("sppo", "inpo", "dno"),
+    "Self-play": ("sppo", "inpo", "dno", "spin"),
     "Opponents": ("nash_md", "xpo", "online_vpo"),
     "PRefLexOR": ("preflexor",),
-    "Scored text": ("phf_conditional", "phf_unlikelihood", "phf_awr"),
+    "Scored text": ("phf_conditional", "phf_filter", "phf_unlikelihood", "phf_rwr", "phf_awr"),
     "Judges of their own": ("spark", "urpo"),
     "KEPO": ("kepo",),
     "Dynamic reward weighting": ("drw_hypervolume",),
@@ -211,7 +213,7 @@ METHODS = {
     "Detectors": ("t2i_hacking",),
     "Embeddings": ("vlm_rm",),
 }
-# Textbook knowledge, without a paper on arXiv to point to.
+# Textbook methods, without a paper on arXiv.
 WITHOUT_ARXIV = {"job_reward", "pbrs", "reinforce", "scoring_rules", "vocabulary_js", "top_k_kl", "alpha_divergence"}
 WITHOUT_ARXIV |= {"t2i_hacking"}
 WITHOUT_ARXIV |= {"r3l"}
@@ -247,12 +249,15 @@ MICRO: dict[str, tuple[dict[str, Any], int, int]] = {
     "two_chains": ({"levels": [1], "options": {"parallel_share": 0.5}}, 12, 30),
     "self_correction": ({"levels": [1], "options": {"problem_options": {"scratchpad": False}}}, 7, 14),
 }
-# Too hard for so small a policy: its recipes reward more than right answers.
+# Too hard for the micro policy; the recipes of these tasks reward more than right answers.
 UNSOLVED = {"sorting", "function_calls", "two_chains"}
 
-# What somebody wrote and judged: the lines of a file, by the kind of the source.
+# The columns of a line of a judged file, by the kind of the source.
 JUDGED: dict[str, Any] = {
-    "pairs": lambda one, other: {"chosen": str(one + other), "rejected": str(one)},
+    "pairs": lambda one, other: (
+        {"chosen": str(one + other), "rejected": str(one)} | {"margin": other, "reference": str(one + other)}
+    ),
+    "verdicts": lambda one, other: {"first": str(one + other), "second": str(one), "better": "first"},
     "labels": lambda one, other: {"completion": str(one + other % 2), "label": other < 2},
     "steps": lambda one, other: {"steps": [f"{one};", str(one + other % 2)], "labels": [1, int(other < 2)]},
     "rankings": lambda one, other: {"completions": [str(one + other), str(one + other + 1), str(one)]},
@@ -262,7 +267,7 @@ JUDGED: dict[str, Any] = {
 
 
 def likely(text: str) -> dict[str, Any]:
-    """A completion whose tokens a teacher is nearly sure of."""
+    """A completion with a teacher's distributions of low entropy."""
     ids = CharacterTokenizer().completion_ids({"body": "", "item_id": 0}, text)
     return {
         "completion": text,
@@ -280,7 +285,7 @@ def judged_file(kind: str, directory: str) -> str:
 
 
 def checkpoint(directory: str) -> str:
-    """A model of another size than the micro policy."""
+    """A checkpoint of a model with other sizes than the micro policy."""
     path = Path(directory) / "checkpoint"
     if not path.exists():
         config = TransformerConfig(vocabulary_size=VOCABULARY, width=24, layers=2, heads=3, kv_heads=1)
@@ -370,7 +375,7 @@ def small(name: str, data_directory: str) -> dict[str, Any]:
 
 @pytest.fixture(autouse=True, scope="module")
 def quickly_compiled():
-    """These tests wait for the compiler, and for next to nothing else."""
+    """These tests spend most of their time in the compiler."""
     name = "jax_disable_most_optimizations"
     before = jax.config.values[name]
     jax.config.update(name, True)
@@ -418,7 +423,7 @@ def policy(micro) -> Any:
 
     def chosen(recipe: str) -> str:
         task = read_tree(FILES[recipe])["task"]
-        # What completes a problem differently is learned from completions of its own.
+        # Recipes with another form of completions have a separate warm start.
         if task.get("options", {}).get("claims"):
             return "webarbiter"
         if task.get("options", {}).get("attempts"):
@@ -434,7 +439,7 @@ def differ(one: Any, other: Any) -> bool:
 
 
 def trained(built: Parts, policy: Any, steps: int) -> tuple[Any, list[dict[str, Any]]]:
-    """The state after some steps as a run makes them, and the metrics of each."""
+    """The state after some steps like those of a run, and the metrics of each step."""
     config, key = built.config, jax.random.key(0)
     data = data_sets(config)
     source: Any = data["train"]
@@ -480,7 +485,7 @@ def a_stage_trains(built: Parts, start: Any) -> None:
         assert not {label: float(value) for label, value in metrics.items() if not np.isfinite(value)}
     if built.step.composition.rollout is not None and built.config.task.name not in UNSOLVED:
         assert 0 < sum(metrics["correct_share"] for metrics in seen) < 3, "the test needs right and wrong answers"
-    if "gradient_norm" in seen[-1]:  # the policy waits where a reward model alone learns
+    if "gradient_norm" in seen[-1]:  # the policy is not updated while only a reward model is trained
         assert differ(state.params, start)
     else:
         assert built.step.composition.learning - {"policy"}
@@ -500,7 +505,7 @@ def a_stage_trains(built: Parts, start: Any) -> None:
     ],
 )
 def test_a_recipe_is_composed_and_traced(name, micro):
-    """What all arrays of a step are, at no cost. Every eighth is fast; that all are composed is in test_config.py."""
+    """Shapes of all arrays of a step, without running it. Every eighth is fast; test_config.py composes all."""
     for built in stages_of(micro(name)):
         a_stage_is_traced(built)
 
@@ -517,7 +522,7 @@ def a_stage_is_traced(built: Parts) -> None:
     for term in c.credit:
         for filled in (name for name in term.names if not name.startswith("metric/")):
             assert rows[filled].shape[0] == count
-    # A loss names what the policy that learns says, or what the rows know.
+    # A loss reads outputs of the trained policy, or fields of the rows.
     known = set(rows.known()) | {"logprobs", "entropy", "values", "over_vocabulary", *c.learning}
     beside = (c.written.provides if c.written else set()) | ({"written_mask"} if c.written or c.hardest else set())
     beside |= {f"{name}_over_vocabulary" for name in c.networks}
@@ -529,7 +534,7 @@ def a_stage_is_traced(built: Parts) -> None:
 @pytest.mark.slow
 def test_steps_that_are_continued_may_be_read_from_text(micro, policy):
     steps = "{continued_steps: {choose: {step_borders: {pattern: '[0-9]'}}, continuations: 2, max_turns: 3}}"
-    credit = "[{turn_labels: continuation_labels}, {advantages: step_value_gains}]"  # the plan knows `turn`
+    credit = "[{turn_labels: continuation_labels}, {advantages: step_value_gains}]"  # the plan provides `turn`
     built = parts(micro("vine_ppo", f"rollout.plan={steps}", f"credit={credit}"))
     _, seen = trained(built, policy("vine_ppo"), 3)
     assert all(step["seconds/turn"] > 0 < step["continued_tokens"] for step in seen)
@@ -553,7 +558,7 @@ def test_a_recipe_says_where_it_comes_from(name):
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_says_its_method_itself(name):
-    """What `base` has would train without complaint; other configs have losses of their own, and so has a relative."""
+    """Inherited losses of `base` would train without an error, so each other config must have its own losses."""
     own = FILES[name].read_text()
     assert re.search(r"^extends: (\.\./base|\.\./\.\./\w+|\w+)\.yaml$", own, re.M)
     found = set(re.findall(r"^(credit|losses|rewards):", own, re.M))
@@ -565,7 +570,7 @@ def test_every_method_has_a_recipe():
 
 
 def hyper_parameters(tree: Any) -> list[tuple[str, Any]]:
-    """Every (name, value) of a recipe, however deep."""
+    """All (name, value) pairs of a recipe, at any depth."""
     if isinstance(tree, dict):
         return [*tree.items(), *(pair for value in tree.values() for pair in hyper_parameters(value))]
     return [pair for value in tree for pair in hyper_parameters(value)] if isinstance(tree, list) else []
@@ -594,7 +599,7 @@ DIVERGENCE = "losses=[clipped_surrogate, {divergence: {%s}}]"
         # an unknown generator
         ("vocabulary_js", DIVERGENCE % "generator: jensen_shanon", "'jensen_shanon'.*did you mean 'jensen_shannon'"),
         ("dph_f", "losses=[{rehearsal_divergence: {generator: forward}}]", "'forward'.*did you mean 'forward_kl'"),
-        # gradient forms that do not go together with who drew the tokens
+        # gradient forms that do not fit the origin of the tokens
         (
             "vocabulary_js",
             DIVERGENCE % "samples: vocabulary, gradient: score_function",
@@ -619,7 +624,7 @@ DIVERGENCE = "losses=[clipped_surrogate, {divergence: {%s}}]"
         ("remix", "source=[sampler, {replay: {share: 1.5}}]", r"replay.share is 1.5;.*\(0, 1\)"),
         ("t1", "networks.reference.decay=1.5", r"networks\.\*\.decay is 1.5;.*\[0, 1\]"),
         ("safe", "networks.twin_target.decay=-1", r"networks\.\*\.decay is -1.0;.*\[0, 1\]"),
-        # what nobody provides
+        # fields without a provider
         ("grpo", "credit=[]", "loss 'clipped_surrogate' names 'advantages'.*add an entry to credit that fills it"),
         ("dph_f", "source=sampler", "names 'stored_logprobs'.*source: demonstrations, solved_answers or a file"),
         ("aepo", "rollout.plan=null", r"names 'extra'.*rollout\.plan: mixed_temperature"),

@@ -1,4 +1,4 @@
-"""The launch scripts, with stand-ins on the PATH that record how they are called: nothing here reaches a cloud."""
+"""The launch scripts, run with stub tools on the PATH that record their calls; no cloud is contacted."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SCRIPTS = ROOT / "tpu_scripts"
 LAUNCHERS = ["tpu.sh", "gke.sh", "xpk.sh", "slurm.sh"]
 TOOLS = ["gcloud", "kubectl", "xpk", "docker", "git", "sbatch", "squeue", "scancel", "srun", "scontrol"]
 WORDS = ["jaxrl", "train", 'it\'s a "config".yaml', "run_dir=/mnt/jaxrl/a b", "x=$HOME;`id`&*", "name=ü"]
-# A tool that writes down its name and words, and answers with the next of the replies whose pattern its line matches.
+# A stub tool that records its name and arguments, and prints the next reply whose pattern matches its command line.
 STAND_IN = """#!{python} -SE
 import fcntl, json, os, re, sys
 name, words = os.path.basename(sys.argv[0]), sys.argv[1:]
@@ -43,7 +43,7 @@ asked = re.search(r"(?:describe|list-instances|jobset|serviceaccount) (\\S+)", l
 print(reply.get("err", "").replace("{{object}}", asked[1] if asked else ""), file=sys.stderr)
 sys.exit(reply.get("status", 0))
 """
-# What gcloud (of TPUs, Compute Engine, GKE) and kubectl say of a thing that is not there.
+# Error messages of gcloud (TPUs, Compute Engine, GKE) and kubectl for a missing resource.
 MISSING = {
     "status": 1,
     "err": """ERROR: (gcloud.compute.tpus.queued-resources.describe) NOT_FOUND: Resource \
@@ -56,7 +56,7 @@ OTHERS_MISSING = [
     "projects/p/locations/us-west4/clusters/{object}.",
     'Error from server (NotFound): jobsets.jobset.x-k8s.io "{object}" not found',
 ]
-# What is no answer, although it says "not found".
+# Errors that contain "not found" but do not mean a missing resource.
 NO_ANSWER = {
     "no gcloud": (127, "bash: line 1: gcloud: command not found"),
     "no plugin": (
@@ -76,7 +76,7 @@ NO_ANSWER = {
 
 @dataclass
 class Stage:
-    """A directory with stand-ins; `calls` are the commands of the last run, in order, without the questions."""
+    """A directory with stub tools; `calls` are the commands of the last run, in order, without queries."""
 
     directory: Path
     rules: list = field(default_factory=list)
@@ -134,7 +134,7 @@ def stage(tmp_path) -> Stage:
 
 
 def read_back(line: str) -> list[str]:
-    """The words that a shell makes of a line."""
+    """The words of a line as a shell splits it."""
     out = subprocess.run(["bash", "-c", f"printf '%s\\0' {line}"], capture_output=True, text=True, check=True)
     return out.stdout.split("\0")[:-1]
 
@@ -143,7 +143,7 @@ def read_back(line: str) -> list[str]:
 
 
 SHELL = sorted([*SCRIPTS.glob("*.sh"), *ROOT.glob(".ci/run")])
-# The largest takes as long as all others.
+# The largest one takes as long as all others together.
 LONG_TO_CHECK = ("tpu.sh", "gke.sh", "xpk.sh", "slurm.sh")
 
 
@@ -172,7 +172,7 @@ def test_help_names_every_verb_and_what_it_costs(stage, script):
     assert stage.all_calls == []
 
 
-# All launchers read their words in common.sh.
+# All launchers parse their arguments in common.sh.
 @pytest.mark.parametrize("script", [LAUNCHERS[0], *(pytest.param(n, marks=pytest.mark.slow) for n in LAUNCHERS[1:])])
 @pytest.mark.parametrize(
     "words, message",
@@ -238,12 +238,12 @@ def test_a_dry_run_prints_the_commands_and_runs_none(stage, name):
     script, verb = name.split()
     done = stage.run(f"{script}.sh", verb, "demo", "--dry-run", *COMMANDS[name])
     assert stage.all_calls == []
-    if name != "tpu status":  # which asks only
+    if name != "tpu status":  # which only queries
         assert re.search(r"^\+ (gcloud|kubectl|xpk|docker|sbatch|squeue|scancel|tail) ", done.stdout, re.M)
 
 
 def required() -> list[tuple[str, str]]:
-    """Each option of COMMANDS that a verb cannot do without."""
+    """The required options of COMMANDS."""
     optional = {"--spot", "--project"}
     return [
         (name, option)
@@ -521,11 +521,11 @@ def started(stage: Stage) -> int:
 
 
 def slow_ones(table: dict[str, tuple], *names: str) -> list:
-    """The rows of a table as parameters, of which some take long."""
+    """The rows of a table as parameters, some of them marked slow."""
     return [pytest.param(*row, id=name, marks=[pytest.mark.slow] * (name in names)) for name, row in table.items()]
 
 
-# What fails on the way does not end the watch: (answers, how often the run is started, what is said).
+# Temporary failures do not end the watch: (replies, number of starts of the run, output).
 PASSING = {
     "capacity takes longer than --wait": (
         [
@@ -582,7 +582,7 @@ def test_what_passes_does_not_end_the_watch(stage, answers, starts, said):
         assert started(stage) == starts
 
 
-# What would go on for ever, or end the same way: (what the workers say, how often the run is started, why it ends).
+# Failures that repeat: (output of the workers, number of starts of the run, reason of the end).
 ENDING = {
     "dies at once": (
         ["finished 75, after 3 s"],
@@ -822,7 +822,7 @@ def test_a_tpu7x_host_has_a_container_for_each_of_its_numa_nodes(stage):
         "jaxrl",
         "jaxrl-2",
     ]
-    # --in-place: what may pass is started again where it is, everything else as without it.
+    # --in-place: temporary failures are restarted on the same hosts, all others as without the option.
     assert first["restartPolicy"] == "Never"
     again = {"action": "Restart", "exitCodes": {"operator": "In", "values": [75, 134]}}
     assert first["restartPolicyRules"] == [again]
@@ -849,7 +849,7 @@ def test_what_is_added_to_a_command(stage, words, added):
         (MISSING, "run", ["apply -f"]),
         (MISSING, "resume", ["apply -f"]),
         (" ", "run", []),
-        (" ", "resume", []),  # running: a preempted host is the JobSet's own affair
+        (" ", "resume", []),  # running: the JobSet replaces a preempted host itself
         ("true ", "resume", ['patch jobset demo --type=merge --patch={"spec":{"suspend":false}}']),
         ("false Completed", "resume", []),
         ("false Failed", "run", []),
@@ -1023,7 +1023,7 @@ def test_a_job_that_was_stopped_for_good_stays_out_of_the_queue(stage):
     assert stage.calls == []
 
 
-# ---- what the pages say ----
+# ---- documentation ----
 
 
 @pytest.mark.parametrize("page, least", [("README.md", 5), ("docs/pods.md", 13)])
@@ -1041,7 +1041,7 @@ def test_the_commands_of_the_pages_are_commands(stage, page, least):
         assert done.returncode == 0, f"{command}\n{done.stderr}"
 
 
-# ---- worker.sh, for real ----
+# ---- worker.sh without stubs ----
 
 
 @pytest.fixture
@@ -1135,6 +1135,6 @@ def test_a_worker_waits_for_a_bounded_time(worker, tmp_path):
 def test_a_worker_that_was_killed_does_not_say_that_it_finished(worker, tmp_path):
     worker("start", "sleep", "60")
     pid = int((tmp_path / "state" / "pid").read_text())
-    eventually(lambda: os.getpgid(pid) == pid)  # it is being started
+    eventually(lambda: os.getpgid(pid) == pid)  # it has been started
     os.killpg(pid, signal.SIGKILL)
     eventually(lambda: worker("status") == "finished unknown\n")

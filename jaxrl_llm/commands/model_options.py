@@ -99,6 +99,11 @@ def add_pairs(command: Callable[..., argparse.ArgumentParser]) -> None:
     )
     pairs.add_argument("--drop", action="store_true", help="leave out ties and equal sides instead of refusing them")
     pairs.add_argument("--batch", type=int, default=16, help="sequences scored together")
+    pairs.add_argument(
+        "--reference",
+        metavar="OUT",
+        help="write the pairs with the log-probabilities of the policy, so that training on them needs no reference",
+    )
     cleaned = pairs.add_argument_group("wrong labels")
     cleaned.add_argument("--cleaned", metavar="FILE", help="write the pairs with corrected labels and margins")
     cleaned.add_argument(

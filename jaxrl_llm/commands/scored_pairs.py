@@ -15,13 +15,18 @@ import numpy as np
 from jaxrl_llm.commands.arguments import assignments, require_positive
 from jaxrl_llm.commands.tables import show
 from jaxrl_llm.compilation_cache import enable_compilation_cache
+from jaxrl_llm.data import Tokenizer
 from jaxrl_llm.data.judged_rows import Judged
 from jaxrl_llm.data.label_denoising import Action, label_actions, preference_strength
 from jaxrl_llm.data.row_files import row_objects
 from jaxrl_llm.data.row_templates import column_value
+from jaxrl_llm.data.stored_reference import NAME as STORED
+from jaxrl_llm.data.stored_reference import token_checksum
 from jaxrl_llm.data.written import encoded_completion, judged_groups
 from jaxrl_llm.evaluation import preference_table
-from jaxrl_llm.run.restored import restored_network, restored_run
+from jaxrl_llm.models.model import Model
+from jaxrl_llm.run.restored import restored_network, restored_policy, restored_run
+from jaxrl_llm.training.passes import scored
 from jaxrl_llm.training.scores import Plain, of_head
 
 
@@ -31,12 +36,20 @@ def show_pairs(options: argparse.Namespace) -> None:
     enable_compilation_cache()
     columns = assignments(options.column, "--column")
     unusable: Any = "drop" if options.drop else "error"
+    if options.reference is not None:
+        if options.cleaned is not None or options.others:
+            raise ValueError("--reference writes log-probabilities of the policy; leave --cleaned and --others out")
+        groups = judged_groups(options.file, "pairs", columns, unusable=unusable).groups
+        lines = with_reference(options.path, options.file, groups, batch=options.batch)
+        _written(options.reference, lines)
+        show(options, [{"pairs": len(lines)}], f"{options.file} with log-probabilities, in {options.reference}")
+        return
     if options.cleaned is not None:
         groups = judged_groups(options.file, "pairs", columns, unusable=unusable).groups
         runs = [options.path, *options.others]
         said = [scores_of(run, groups, network=options.network, batch=options.batch)[0] for run in runs]
         lines, counts = cleaned_pairs(groups, said, flip=options.flip, smooth=options.smooth)
-        Path(options.cleaned).write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        _written(options.cleaned, lines)
         show(options, [counts], f"{options.file} by {len(runs)} reward models, in {options.cleaned}")
         return
     if options.others:
@@ -51,6 +64,50 @@ def show_pairs(options: argparse.Namespace) -> None:
         batch=options.batch,
     )
     show(options, rows, f"{options.network} of {options.path} on {options.file}", spare=("loss", "ties"))
+
+
+def _written(path: str, lines: Sequence[Mapping[str, Any]]) -> None:
+    Path(path).write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+
+
+def with_reference(
+    path: str, file: str, groups: Sequence[Sequence[Judged]], *, batch: int = 16
+) -> list[dict[str, Any]]:
+    """The rows of a file with the log-probability of every token under the policy of a run or a model directory.
+
+    A run whose source is the new file needs no reference in memory, and its steps no pass of one. The temperature is 1.
+
+    Args:
+      path: a run, one of its checkpoints or a model directory: the initial policy of the run to come.
+      file: of the groups; its columns are kept.
+      groups: from `judged_groups`.
+      batch: sequences scored together.
+    """
+    policy = restored_policy(path)
+    return reference_lines(policy.model, policy.params, policy.tokenizer, row_objects(file, "--file")[0], groups, batch)
+
+
+def reference_lines(
+    model: Model, params: Any, tokenizer: Tokenizer, records: Any, groups: Sequence[Sequence[Judged]], batch: int
+) -> list[dict[str, Any]]:
+    """As `with_reference`, for a policy in memory; `records` are (where, columns) of the rows of the file."""
+    score = jax.jit(lambda params, sequences: scored(model, params, sequences, temperature=1.0).statistics.logprobs)
+    rows = [row for group in groups for row in group]
+    encoded = [encoded_completion(row, number, tokenizer)[:2] for number, row in enumerate(rows)]
+    widths = [max(len(one[side]) for one in encoded) for side in (0, 1)]
+    said: list[list[float]] = []
+    for start in range(0, len(encoded), batch):
+        part = encoded[start : start + batch]
+        sequences, _ = _padded([*part, *[part[-1]] * (batch - len(part))], widths, tokenizer.pad_id)
+        found = np.asarray(score(params, sequences), np.float64)
+        said += [found[place, : len(tokens)].tolist() for place, (_, tokens) in enumerate(part)]
+    at, lines = dict(records), []
+    for number, group in enumerate(groups):
+        own = range(number * len(group), (number + 1) * len(group))
+        sums = [token_checksum(*encoded[place]) for place in own]
+        told = {STORED: [said[place] for place in own], "reference_tokens": sums}
+        lines.append({**at[group[0].where], **told})
+    return lines
 
 
 def scored_pairs(

@@ -58,6 +58,7 @@ def parse_config(tree: Mapping[str, Any], overrides: Sequence[str] = (), **model
     for name in ("source", "stages"):  # one entry needs no list
         if name in values and not isinstance(values[name], list):
             values[name] = [values[name]]
+    _read_rows_of_data_path(values)
     rollout = values.get("rollout")
     if isinstance(rollout, dict) and not isinstance(rollout.get("plan", []), list):
         plan: Any = rollout["plan"] or {}
@@ -75,6 +76,21 @@ def parse_config(tree: Mapping[str, Any], overrides: Sequence[str] = (), **model
         return _adapter().validate_python(values)
     except pydantic.ValidationError as error:
         raise ConfigError("\n".join(_explained(problem) for problem in error.errors())) from None
+
+
+# Sources of judged rows, which are read from data.path where they name no file.
+ROW_KINDS = ("pairs", "rankings", "ratings", "labels", "steps", "verdicts")
+
+
+def _read_rows_of_data_path(values: dict[str, Any]) -> None:
+    """Make data.path the file of a source of judged rows without one; it holds no problems then."""
+    data = values.get("data")
+    if not isinstance(data, dict) or data.get("path") is None:
+        return
+    for entry in values.get("source", ()):
+        kind, hyper = next(iter(entry.items())) if isinstance(entry, dict) and len(entry) == 1 else (None, None)
+        if kind in ROW_KINDS and isinstance(hyper, dict) and hyper.get("file") is None:
+            entry[kind], values["data"] = {**hyper, "file": data["path"]}, {**data, "path": None}
 
 
 @functools.cache
@@ -302,6 +318,8 @@ def _explained(problem: Mapping[str, Any]) -> str:
         return f"config key {where} is missing; add it"
     if problem["type"] == "value_error":
         return f"config: {problem['msg'].removeprefix('Value error, ')}"
+    if problem["type"] == "dataclass_type":
+        return f"config key {where} is {shown(problem['input'])}; it must be a mapping of keys"
     if problem["type"] == "tuple_type":
         return (
             f"config key {where} is {shown(problem['input'])}; it must be a list, such as [{shown(problem['input'])}]"

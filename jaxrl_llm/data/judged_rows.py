@@ -16,6 +16,7 @@ import numpy as np
 
 from jaxrl_llm.bounds import shown
 from jaxrl_llm.data.row_templates import column_value
+from jaxrl_llm.data.stored_reference import StoredReference
 
 Kind = Literal["pairs", "rankings", "ratings", "labels", "steps", "verdicts"]
 Prompt = str | tuple[Mapping[str, Any], ...]
@@ -25,13 +26,15 @@ VERDICT = "{rationale}\n\nVerdict: {verdict}"
 _LARGEST = float(np.finfo(np.float32).max)
 # Alternative names of columns, used if a row does not have the first name.
 _ALSO: Mapping[str, tuple[str, ...]] = {
-    "prompt": ("question", "instruction"),
+    "prompt": ("question", "instruction", "context"),
     "completion": ("response",),
     "completions": ("responses",),
     "steps": ("completions",),
-    "first": ("response_1", "response1", "response_a"),
-    "second": ("response_2", "response2", "response_b"),
+    "ranks": ("rank",),
+    "first": ("response_1", "response1", "response_a", "conversation_a"),
+    "second": ("response_2", "response2", "response_b", "conversation_b"),
     "better": ("verdict", "winner"),
+    "preference_strength": ("overall_preference",),
     "rationale": ("preference_statement", "critique"),
 }
 
@@ -45,6 +48,7 @@ class Judged(NamedTuple):
       values: name of a field -> its number, or several numbers.
       steps: texts of its steps with the label of each; empty for other kinds.
       where: its file and line.
+      reference: log-probabilities of its tokens under a reference, where the file holds them.
     """
 
     prompt: Prompt
@@ -52,6 +56,7 @@ class Judged(NamedTuple):
     values: Mapping[str, Any] = {}
     steps: tuple[tuple[str, float], ...] = ()
     where: str = ""
+    reference: StoredReference | None = None
 
 
 class Tie(ValueError):
@@ -93,29 +98,58 @@ def named(record: Row, columns: Mapping[str, str], kind: Kind, where: str) -> di
     for name, others in _ALSO.items():
         if name not in found and (other := next((other for other in others if other in record), None)):
             found[name] = record[other]
-    if kind == "pairs" and "chosen" not in found and "preference_strength" in found:
-        found |= _strength(found, where)
+    if found.get("preference_strength") is not None:
+        found = _strength(found, where) | found
+    if kind == "pairs" and "chosen" not in found and "better" in found:
+        side, sides = _better(found, where), [found.get("first"), found.get("second")]
+        found |= {"chosen": sides[side or 0], "rejected": sides[1 - (side or 0)], "tie": side is None}
     if kind == "pairs" and "margin" not in found and {"score_chosen", "score_rejected"} <= found.keys():
-        found["margin"] = _number(found["score_chosen"], "score_chosen", where) - _number(
-            found["score_rejected"], "score_rejected", where
-        )
-    lists = ("completions", "steps", "labels", "prompt", "chosen", "rejected", "completion")
-    return found | {name: _listed(found[name]) for name in lists if name in found}
+        high, low = (_number(found[name], name, where) for name in ("score_chosen", "score_rejected"))
+        if high < low:
+            raise ValueError(
+                f"{where} has score_chosen {high:g}, below score_rejected {low:g}; swap the two sides, or map margin "
+                "to another column"
+            )
+        found["margin"] = high - low
+    found |= {name: _as_list(found[name], False) for name in _LISTS if name in found}
+    return found | {name: _as_list(found[name], True) for name in _TEXTS if name in found}
+
+
+_LISTS = ("completions", "steps", "labels", "ranks")
+_TEXTS = ("prompt", "chosen", "rejected", "completion", "first", "second")
 
 
 def _strength(record: Row, where: str) -> dict[str, Any]:
-    """A row of HelpSteer2-Preference: two responses, and how much better the second one is, from -3 to 3."""
+    """A row of HelpSteer2-Preference or HelpSteer3: how much better the second of two responses is, from -3 to 3."""
     strength = _number(record["preference_strength"], "preference_strength", where)
-    first, second = record.get("first"), record.get("second")
-    sides = (second, first) if strength > 0 else (first, second)
-    return {"chosen": sides[0], "rejected": sides[1], "margin": abs(strength), "tie": strength == 0}
+    return {"better": "second" if strength > 0 else "first" if strength < 0 else "tie", "margin": abs(strength)}
 
 
-def _listed(value: Any) -> Any:
+_SIDES: Mapping[str, int | None] = {
+    **dict.fromkeys(("first", "a", "1", "model_a", "response_a"), 0),
+    **dict.fromkeys(("second", "b", "2", "model_b", "response_b"), 1),
+    **dict.fromkeys(("tie", "both", "tie (bothbad)", "neither"), None),
+}
+
+
+def _better(record: Row, where: str) -> int | None:
+    """Which of two answers is the better one; None for a tie."""
+    said = str(better := record.get("better")).lower()
+    if said not in _SIDES:
+        raise ValueError(f"{where} has better {shown(better)}; it must be first or second, A or B, 1 or 2, or tie")
+    return _SIDES[said]
+
+
+def _as_list(value: Any, messages: bool) -> Any:
+    """What a cell of text holds as JSON, if that is a list; of a text, only if it is a list of messages."""
+    if not (isinstance(value, str) and value.startswith("[")):
+        return value
     try:
-        return json.loads(value) if isinstance(value, str) and value.startswith("[") else value
+        found = json.loads(value)
     except ValueError:
         return value
+    said = all(isinstance(one, Mapping) and "role" in one for one in found) and bool(found)
+    return found if said or not messages else value
 
 
 def _is_text(value: Any, what: str, where: str) -> str:
@@ -172,6 +206,8 @@ def _prompt_and_said(
 
 def _implicit(said: Sequence[Any], where: str) -> tuple[Any, list[Any]]:
     """The common beginning of completions as their prompt: whole messages, or a text up to white space."""
+    if len(said) > 1 and all(value == said[0] for value in said):
+        raise _equal(said[0], where)
     texts = [value for value in said if isinstance(value, str)]
     if not texts:
         alone = len(said) == 1
@@ -210,8 +246,18 @@ def _distinct(texts: Sequence[str], where: str) -> None:
     seen: set[str] = set()
     for text in texts:
         if text in seen:
-            raise Tie(f"{where} has two equal completions {text[:40]!r}, so neither is better; remove one")
+            raise _equal(text, where)
         seen.add(text)
+
+
+def _equal(said: Any, where: str) -> Tie:
+    return Tie(
+        f"{where} has two equal completions {shown(said)}, so neither is better; remove one, or set unusable to drop"
+    )
+
+
+def _tie(where: str) -> Tie:
+    return Tie(f"{where} has a tie, so neither completion is better; remove the row, or set unusable to drop")
 
 
 def _weight(record: Row, where: str) -> dict[str, float]:
@@ -221,7 +267,7 @@ def _weight(record: Row, where: str) -> dict[str, float]:
 def _pair(record: Row, where: str, asked: Asked) -> list[Judged]:
     prompt, (chosen, rejected) = _prompt_and_texts(record, ("chosen", "rejected"), where)
     if record.get("tie"):
-        raise Tie(f"{where} has a tie, so neither completion is better; remove the row, or set unusable to drop")
+        raise _tie(where)
     _distinct([chosen, rejected], where)
     both = _weight(record, where)
     if record.get("margin") is not None:
@@ -238,8 +284,14 @@ def _ranking(record: Row, where: str, asked: Asked) -> list[Judged]:
     said = [_said(text, "completion", where) for text in texts]
     prompt, texts = _prompt_and_said(record.get("prompt"), said, ["completion"] * len(said), where)
     _distinct(texts, where)
+    ranks = range(len(texts)) if record.get("ranks") is None else record["ranks"]
+    if isinstance(ranks, str) or not isinstance(ranks, Sequence) or len(ranks) != len(texts):
+        raise ValueError(f"{where} has ranks {shown(ranks)}; give one for each of its {len(texts)} completions")
+    places = [_at_least_zero(rank, "ranks", where) for rank in ranks]
+    if len(set(places)) == 1:
+        raise _tie(where)
     weight = _weight(record, where)
-    return [Judged(prompt, text, {"rank": float(rank), **weight}) for rank, text in enumerate(texts)]
+    return [Judged(prompt, text, {"rank": place, **weight}) for place, text in zip(places, texts, strict=True)]
 
 
 def _rating(record: Row, where: str, asked: Asked) -> list[Judged]:
@@ -253,7 +305,13 @@ def _rating(record: Row, where: str, asked: Asked) -> list[Judged]:
         if all(value is None for value in given):
             raise ValueError(f"{where} has none of the ratings {', '.join(asked.attributes)}; give one of them")
     else:
-        rating = _within(_number(record.get("rating"), "rating", where), "rating", where, asked)
+        if record.get("rating") is None:
+            numbers = [name for name, value in record.items() if isinstance(value, (int, float)) and value == value]
+            raise ValueError(
+                f"{where} has no rating; name its columns as attributes, or one of them as columns: {{rating: NAME}}; "
+                f"it has the numbers {', '.join(map(str, numbers)) or 'none'}"
+            )
+        rating = _within(_number(record["rating"], "rating", where), "rating", where, asked)
     return [Judged(prompt, text, {"rating": rating, **_weight(record, where)})]
 
 
@@ -283,24 +341,34 @@ def _steps(record: Row, where: str, asked: Asked) -> list[Judged]:
     if "" in steps:
         raise ValueError(f"{where} has an empty step, which has no last token for its label; remove it")
     pairs = tuple(
-        (_is_text(step, "step", where), _number(int(label) if isinstance(label, bool) else label, "label", where))
-        for step, label in zip(steps, labels, strict=True)
+        (_is_text(step, "step", where), _step_label(label, where)) for step, label in zip(steps, labels, strict=True)
     )
     text = "".join(step for step, _ in pairs)
     prompt, _ = _prompt_and_said(_said(prompt, "prompt", where), [text], ["steps"], where)
     return [Judged(prompt, text, _weight(record, where), pairs)]
 
 
-_SIDES: Mapping[Any, int] = {"first": 0, "a": 0, "1": 0, "second": 1, "b": 1, "2": 1}
+def _step_label(label: Any, where: str) -> float:
+    """A number between 0 and 1; NaN for a step without a label."""
+    if label is None:
+        return float("nan")
+    value = _number(int(label) if isinstance(label, bool) else label, "label", where)
+    if not 0 <= value <= 1:
+        raise ValueError(
+            f"{where} has label {value:g} of a step; it must be true, false, a number between 0 and 1, or null for "
+            "a step without a label"
+        )
+    return value
 
 
 def _verdict(record: Row, where: str, asked: Asked) -> list[Judged]:
-    prompt, *answers = (_is_text(record.get(key), key, where) for key in ("prompt", "first", "second"))
+    prompt, answers = _prompt_and_texts(record, ("first", "second"), where)
+    if not isinstance(prompt, str):
+        prompt = "\n\n".join(f"{message['role']}: {message['content']}" for message in prompt)
     _distinct(answers, where)
-    better = record.get("better")
-    side = _SIDES.get(str(better).lower())
+    side = _better(record, where)
     if side is None:
-        raise ValueError(f"{where} has better {shown(better)}; it must be first or second, A or B, 1 or 2")
+        raise _tie(where)
     rationale = "" if record.get("rationale") is None else _is_text(record["rationale"], "rationale", where)
     rows = []
     for swapped in (False, True) if asked.both_orders else (False,):

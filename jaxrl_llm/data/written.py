@@ -12,10 +12,13 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from jaxrl_llm.bounds import shown
 from jaxrl_llm.data.encoding import Tokenizer
 from jaxrl_llm.data.judged_rows import READERS, Asked, Judged, Kind, Tie, named
 from jaxrl_llm.data.order import Batches, shuffled_batches
 from jaxrl_llm.data.row_files import row_objects
+from jaxrl_llm.data.stored_reference import NAME as STORED
+from jaxrl_llm.data.stored_reference import reference_row, stored_references
 
 # Fields that rows of each kind provide, see `jaxrl_llm.fields`; `margin` only if a row of the file has one.
 PROVIDES: Mapping[str, frozenset[str]] = {
@@ -64,11 +67,14 @@ def judged_groups(
     """The groups of a data set, one per row. See `row_files` for the file formats.
 
         pairs      {"prompt": ..., "chosen": ..., "rejected": ...}, optionally "margin" and "weight"
-        rankings   {"prompt": ..., "completions": [best, ..., worst]}
+        rankings   {"prompt": ..., "completions": [best, ..., worst]}, or in any order with "ranks": [0, 2, 1, ...], 0
+                   for the best and equal for ties
         ratings    {"prompt": ..., "completion": ..., "rating": 3.5}
         labels     {"prompt": ..., "completion": ..., "label": true}
         steps      {"prompt": ..., "steps": ["...", "..."], "labels": [1, 0]}
         verdicts   {"prompt": ..., "first": ..., "second": ..., "better": "first", "rationale": ...}
+
+    Rows may hold the log-probabilities of a reference, see `data.stored_reference`.
 
     Args:
       path: of the data set.
@@ -77,9 +83,11 @@ def judged_groups(
       asked: options of ratings and verdicts.
       unusable: "drop" drops and counts rows without a better completion: equal completions and ties.
 
+    Rankings of different lengths get absent rows, of weight 0.
+
     Raises:
-      ValueError: for a file that cannot be read, or a row that cannot be used (names file and line); groups of
-        different sizes; labels that are all of one class.
+      ValueError: for a file that cannot be read, or a row that cannot be used (names file and line); an attribute that
+        no row has; labels that are all of one class.
     """
     if kind not in READERS:
         raise ValueError(f"kind is {kind!r}; it must be one of {', '.join(READERS)}")
@@ -95,19 +103,39 @@ def judged_groups(
                 raise
             dropped["ties" if "a tie" in str(error) else "equal completions"] += 1
             continue
-        groups.append([row._replace(where=where) for row in rows])
+        said = stored_references(record, len(rows), where) or [None] * len(rows)
+        groups.append([row._replace(where=where, reference=one) for row, one in zip(rows, said, strict=True)])
     if not groups:
         raise ValueError(
             f"{path} has {len(objects)} rows, which were all dropped ({' and '.join(dropped)}); add usable rows"
         )
-    if len(sizes := {len(group) for group in groups}) > 1:
-        raise ValueError(f"{path} has groups of {sorted(sizes)} completions; give each line the same number")
-    if kind == "labels" and len({row.values["preferred"] > 0.5 for (row,) in groups}) == 1:
-        value = groups[0][0].values["preferred"]
-        raise ValueError(
-            f"{path} has only labels like {value:g}; training needs both classes, so add rows of the other class"
-        )
+    most = max(map(len, groups))
+    nothing = Judged("", "", {"rank": -1.0, "weight": 0.0})
+    groups = [
+        [*group, *[nothing._replace(prompt=group[0].prompt, where=group[0].where)] * (most - len(group))]
+        for group in groups
+    ]
+    for place, name in enumerate((asked or Asked()).attributes):
+        if all(np.isnan(group[0].values["rating"][place]) for group in groups):
+            raise ValueError(
+                f"no row of {path} has the rating {name!r}; its columns are {shown(sorted(objects[0][1]))}"
+            )
+    _require_both_classes(path, kind, groups)
+    if len({row.reference is None for group in groups for row in group if row.values.get("weight") != 0}) > 1:
+        raise ValueError(f"{path} has {STORED} in some rows only; give all rows the column, or none")
     return JudgedFile(groups, digest, dropped)
+
+
+def _require_both_classes(path: str | Path, kind: Kind, groups: Sequence[Sequence[Judged]]) -> None:
+    """Raises ValueError for labels, of rows or of steps, that are all on one side."""
+    labels = [row.values["preferred"] for (row,) in groups] if kind == "labels" else []
+    labels += [label for (row, *_) in groups for _, label in row.steps if label == label]
+    if kind == "steps" and not labels:
+        raise ValueError(f"{path} has no step with a label; give some of them")
+    if labels and len({label > 0.5 for label in labels}) == 1:
+        raise ValueError(
+            f"{path} has only labels like {labels[0]:g}; training needs both classes, so add rows of the other class"
+        )
 
 
 def written_batches(
@@ -143,7 +171,7 @@ def written_batches(
         rows = [encoded_completion(_flipped(row) if wrong[number] else row, number, tokenizer) for row in group]
         longest = max(len(row[0]) for row in rows), max(len(row[1]) for row in rows)
         if longest[0] <= max_prompt_tokens and longest[1] <= max_completion_tokens:
-            kept.append(rows)
+            kept.append([_with_reference(*both, max_completion_tokens) for both in zip(group, rows, strict=True)])
         elif overlong == "drop":
             dropped += 1
         else:
@@ -152,7 +180,7 @@ def written_batches(
                 f"limits are {max_prompt_tokens} and {max_completion_tokens}; raise them, or set data.overlong_prompts "
                 "to drop"
             )
-    known = {name: np.shape(value) for group in groups for row in group for name, value in row.values.items()}
+    known = {name: np.shape(value) for group in kept for row in group for name, value in row[2].items()}
 
     def batch(chosen: Sequence[Any]) -> WrittenBatch:
         rows = [row for group in chosen for row in group]
@@ -186,6 +214,15 @@ def written_batches(
 
 # Neutral values of a row without the column: a margin of 0, a weight of 1.
 _ABSENT = {"margin": 0.0, "weight": 1.0}
+
+
+def _with_reference(row: Judged, encoded: Any, width: int) -> Any:
+    """An encoded row with the log-probabilities that the file holds of it."""
+    if row.reference is None:
+        return encoded
+    prompt, completion, values, *rest = encoded
+    said = reference_row(row.reference, prompt, completion, width, row.where)
+    return prompt, completion, {**values, STORED: said}, *rest
 
 
 def _flipped(row: Judged) -> Judged:

@@ -39,7 +39,9 @@ from jaxrl_llm.losses.preference.kto import kto, mismatched_completions, mismatc
 from jaxrl_llm.losses.preference.opponents import (
     beside_itself,
     beside_partner,
+    demonstrated,
     exploratory_preference,
+    followed_by,
     gap_relations,
     regret_preference,
     same_prompt,
@@ -64,6 +66,7 @@ from jaxrl_llm.losses.preference.single_answers import (
     running_shift,
     sample_log_ratio,
 )
+from jaxrl_llm.losses.preference.token_divergence import sequential_divergence_preference
 from jaxrl_llm.losses.ratio import log_ratio, on_mask, pessimistic_surrogate, token_share
 from jaxrl_llm.losses.regularisers.entropy import entropy_bonus
 from jaxrl_llm.losses.regularisers.entropy_history import entropy_history, entropy_history_penalty
@@ -114,6 +117,7 @@ __all__ = [
     "clipped_value",
     "convex_kl",
     "decoupled_reward",
+    "demonstrated",
     "demonstrated_part",
     "divergence",
     "divergence_reward",
@@ -130,6 +134,7 @@ __all__ = [
     "exploratory_preference",
     "external_surrogate",
     "failure_pushback",
+    "followed_by",
     "forking_kl",
     "forking_mask",
     "forking_tokens",
@@ -190,6 +195,7 @@ __all__ = [
     "score_spread",
     "sentence_contrast",
     "sequence_clipped_surrogate",
+    "sequential_divergence_preference",
     "several_values",
     "simpo",
     "skewed_divergence",

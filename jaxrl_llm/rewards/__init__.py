@@ -66,7 +66,7 @@ from jaxrl_llm.rewards.judges.verdict_rewards import (
     verdict_agreement,
     verdict_question,
 )
-from jaxrl_llm.rewards.judges.verdict_tokens import judged_example, unbiased_comparison, verdict_score
+from jaxrl_llm.rewards.judges.verdict_tokens import filled_text, judged_example, unbiased_comparison, verdict_score
 from jaxrl_llm.rewards.judges.written_rubrics import contrastive_rubrics
 from jaxrl_llm.rewards.process.attributed_turns import attributed_turns, subgoal_rewards
 from jaxrl_llm.rewards.process.rare_tests import weighted_tests
@@ -209,6 +209,7 @@ __all__ = [
     "expected_rating",
     "extract_answer",
     "extract_number",
+    "filled_text",
     "flipped_rewards",
     "floored_sum",
     "gated_sum",

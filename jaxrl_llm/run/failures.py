@@ -120,8 +120,3 @@ def without_loose_ends() -> Iterator[None]:
             time.sleep(0.1)  # they are still ending
             gc.collect()
         sys.unraisablehook = before
-
-
-def in_short(error: BaseException) -> str:
-    """An error in one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"

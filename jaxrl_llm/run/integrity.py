@@ -16,11 +16,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
+from jaxrl_llm.bounds import error_line
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.run import checkpoints, stored_states
 from jaxrl_llm.run.checkpoints import CheckpointError, Damaged
 from jaxrl_llm.run.digests import Digest, by_path, changed
-from jaxrl_llm.run.failures import in_short, passing, without_loose_ends
+from jaxrl_llm.run.failures import passing, without_loose_ends
 
 _BYTES = 1 << 30  # bytes of arrays read at once
 ASIDE = "damaged"  # folder beside `checkpoints` for checkpoints that cannot be used
@@ -75,7 +76,7 @@ def verified(directory: Path, step: int, *, within: str = "", share: tuple[int, 
     except Exception as error:
         if passing(error):
             raise
-        return Verified(step, f"it cannot be read ({in_short(error)})")
+        return Verified(step, f"it cannot be read ({error_line(error)})")
     if damage is not None:
         return Verified(step, damage)
     size = sum(_size(digest) for digest in wanted.values())

@@ -107,7 +107,7 @@ def _parts_of(path: str | Path, network: str = POLICY) -> tuple[Parts, Path, int
     # The checkpoint may be read on another machine than the one that wrote it.
     here = ["mesh=auto", "training.offload=[]"]
     config = load_config(stored, here, vocabulary_size=CharacterTokenizer().vocabulary_size)
-    return parts(last_stage(config)), folder, step
+    return parts(last_stage(config), later=len(config.stages) > 1), folder, step
 
 
 def branched_params(built: Parts, key: Array) -> PyTree:

@@ -43,7 +43,7 @@ from jaxrl_llm.run.configured import (
 )
 from jaxrl_llm.run.machine import Target, chosen_mesh
 from jaxrl_llm.run.optimizers import optimizer, skipping_non_finite
-from jaxrl_llm.run.problems import columns, data_sets, naming_unreadable_data
+from jaxrl_llm.run.problems import columns, configured_task, data_sets, naming_unreadable_data
 from jaxrl_llm.run.recipes import credit_terms, entry_of, loss_terms, method, reward_terms, verdict_of
 from jaxrl_llm.run.sources import Feed
 from jaxrl_llm.terms import Reward, View
@@ -131,18 +131,19 @@ class Parts:
         return {"tokenizer": self.tokenizer.fingerprint, "model": hashlib.sha256(described.encode()).hexdigest()}
 
 
-def parts(config: Config, target: Target | None = None, like: Parts | None = None) -> Parts:
+def parts(config: Config, target: Target | None = None, like: Parts | None = None, *, later: bool = False) -> Parts:
     """Build and check the parts of a run that do not need data.
 
     Args:
       config: of a run, or of one of its stages.
       target: the machine to plan for; a model directory then needs only its config.json.
       like: the parts of another stage, whose tokenizer, model and mesh are reused.
+      later: whether another stage comes before this one, which may have trained adapters.
 
     Raises:
       ValueError: for an unknown task or method, a name that nothing provides, or sizes that do not divide.
     """
-    task = None if config.task is None else data.tasks.task(config.task.name, **config.task.options)
+    task = None if config.task is None else configured_task(config.task)
     if like is None:
         directory, tokenizer, model = described_policy(config, planned=target is not None)
         if config.lora is not None:
@@ -189,7 +190,7 @@ def parts(config: Config, target: Target | None = None, like: Parts | None = Non
         _require_own_ids([(term.name, term.function) for term in (*rewards, *credit, *losses, *views.values())])
     b1, b2 = training.adam_b1, training.adam_b2
     # Adapters that were trained before this stage are part of the initial policy, so the reference keeps a copy.
-    snapshot = config.lora is not None and (config.warm_start.steps > 0 or config.init_from is not None)
+    snapshot = config.lora is not None and (later or config.warm_start.steps > 0 or config.init_from is not None)
     networks, paths = configured_networks(
         config.networks, b1, b2, snapshot=snapshot, context_tokens=_context_tokens(config)
     )

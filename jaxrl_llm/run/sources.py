@@ -20,6 +20,7 @@ import jax.numpy as jnp
 
 from jaxrl_llm.data import Tokenizer
 from jaxrl_llm.data.judged_rows import QUESTION, VERDICT, Asked, Kind
+from jaxrl_llm.data.stored_reference import NAME as STORED
 from jaxrl_llm.data.top_tokens import likely_batches, likely_rows, most_likely
 from jaxrl_llm.data.written import PROVIDES, judged_groups, written_batches
 from jaxrl_llm.experience import Experience
@@ -165,7 +166,7 @@ def _check_multiple(name: str, count: int, group: int, key: str = "sequences_per
 
 def _judged(
     kind: Kind,
-    file: str,
+    file: str | None,
     columns: Mapping[str, str] | None,
     groups_per_step: int,
     beside: bool,
@@ -175,6 +176,8 @@ def _judged(
     flipped: float = 0.0,
     **asked: Any,
 ) -> Feed:
+    if file is None:
+        raise ValueError(f"source.{kind}.file is missing; name the data set there, or in data.path")
     groups, digest, dropped = judged_groups(file, kind, columns, asked=Asked(**asked), unusable=unusable)
     per_group = len(groups[0])
     count, samples = groups_per_step * per_group, sizes["samples_per_prompt"]
@@ -218,7 +221,8 @@ def _judged(
     margin = any("margin" in row.values for group in groups for row in group)
     attributes = asked.get("attributes", ())
     widths = (("rating", len(attributes)),) if attributes else ()
-    source = Written(count, per_group, PROVIDES[kind] | ({"margin"} if margin else set()), widths)
+    stored = {STORED} if groups[0][0].reference is not None else set()
+    source = Written(count, per_group, PROVIDES[kind] | ({"margin"} if margin else set()) | stored, widths)
     left_out = {**dropped, **({"too long": batches.dropped} if batches.dropped else {})}
     return Feed(source, rows, file=digest[:16], dropped=left_out)
 
@@ -228,7 +232,6 @@ def _of_kind(kind: Kind, own: Callable[..., dict[str, Any]]) -> Callable[..., Fe
 
     def every(
         *,
-        file: str,
         groups_per_step: int,
         samples_per_prompt: int,
         beside: bool,
@@ -237,6 +240,7 @@ def _of_kind(kind: Kind, own: Callable[..., dict[str, Any]]) -> Callable[..., Fe
         max_completion_tokens: int,
         seed: int,
         overlong_prompts: str,
+        file: str | None = None,
         columns: dict[str, str] | None = None,
     ) -> None: ...
 
@@ -286,9 +290,14 @@ def _of_ratings(
     return {"attributes": tuple(attributes), "lowest": lowest, "highest": highest}
 
 
-def _of_labels() -> dict[str, Any]:
-    """A label is true, false, or a number between 0 and 1."""
-    return {}
+@ranged
+def _of_labels(*, flipped: Annotated[float, Range(0, 1)] = 0.0) -> dict[str, Any]:
+    """A label is true, false, or a number between 0 and 1.
+
+    Args:
+      flipped: share of labels that are inverted, chosen by the seed of the run, to study label noise.
+    """
+    return {"flipped": flipped}
 
 
 def _of_steps() -> dict[str, Any]:
@@ -296,9 +305,12 @@ def _of_steps() -> dict[str, Any]:
     return {}
 
 
-def _of_verdicts(*, question: str = QUESTION, verdict: str = VERDICT, both_orders: bool = False) -> dict[str, Any]:
+def _of_verdicts(
+    *, question: str = QUESTION, verdict: str = VERDICT, both_orders: bool = False, unusable: Unusable = "error"
+) -> dict[str, Any]:
     """
     Args:
+      unusable: "drop" drops and counts ties and equal answers; otherwise they are errors.
       question: format of the prompt, with {prompt}, {first} and {second}.
       verdict: format of the completion of the judge, with {rationale} and {verdict}, which is A or B.
       both_orders: make two rows of each, one per order of the answers; rationales must then not mention A and B.
@@ -309,7 +321,7 @@ def _of_verdicts(*, question: str = QUESTION, verdict: str = VERDICT, both_order
     ):
         if lacks := [place for place in places if f"{{{place}}}" not in text]:
             raise ValueError(f"source.verdicts.{name} is {text!r}, without {{{lacks[0]}}}; add it to the text")
-    return {"question": question, "verdict": verdict, "both_orders": both_orders}
+    return {"question": question, "verdict": verdict, "both_orders": both_orders, "unusable": unusable}
 
 
 pairs, rankings, ratings = (

@@ -53,7 +53,7 @@ def staged(config: Config) -> list[dict[str, Any]]:
             | probe
         )
     for name, one in zip(named, configs, strict=True):
-        built = main if one is configs[0] else parts(one, like=main)
+        built = main if one is configs[0] else parts(one, like=main, later=True)
         every = one.evaluation.every_steps
         found.append({"name": name, "parts": built, "steps": one.training.steps, "probe_every_steps": every})
     _check_trained(found)

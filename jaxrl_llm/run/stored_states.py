@@ -16,6 +16,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
+from jaxrl_llm.bounds import error_line
 from jaxrl_llm.models.model import Trained
 from jaxrl_llm.run import frozen as frozen_parts
 from jaxrl_llm.run.checkpoints import (
@@ -28,7 +29,7 @@ from jaxrl_llm.run.checkpoints import (
     with_frozen_part,
 )
 from jaxrl_llm.run.digests import bits, by_path, changed
-from jaxrl_llm.run.failures import in_short, passing, without_loose_ends
+from jaxrl_llm.run.failures import passing, without_loose_ends
 
 
 def restore(directory: Path, step: int, like: Any, *, trained: Trained | None = None) -> Any:
@@ -67,7 +68,7 @@ def _read_whole(directory: Path, step: int) -> Iterator[None]:
         except Exception as error:
             if passing(error):
                 raise
-            raise Damaged(directory, step, f"it cannot be restored ({in_short(error)})") from None
+            raise Damaged(directory, step, f"it cannot be restored ({error_line(error)})") from None
 
 
 def _require_written(directory: Path, step: int, restored: PyTree) -> None:

@@ -130,7 +130,7 @@ def _train(
     started = time.monotonic()
     stages = [Stage(**described) for described in staged(config)]
     built = stages[-1].parts
-    _require_traced(stages)
+    _require_traced(stages, shared["trace"])
     if not resume and hosts.is_main():
         require_new(config.directory)
     report, logging = reporting_of(config, console)
@@ -217,9 +217,14 @@ def _require_same_data(config: Config, meta: dict[str, Any], fingerprint: Mappin
         )
 
 
-def _require_traced(stages: Sequence[Stage]) -> None:
-    """Raise ValueError for sizes that cannot work, and for a stop condition or a best checkpoint by a metric that is
-    not measured."""
+def _require_traced(stages: Sequence[Stage], profiled: StepTrace | None) -> None:
+    """Raise ValueError for sizes that cannot work, for a stop condition or a best checkpoint by a metric that is not
+    measured, and for a profile of steps that the run does not have."""
+    if profiled is not None and profiled.last > (steps := sum(stage.steps for stage in stages)):
+        raise ValueError(
+            f"--profile asks for steps {profiled.first} to {profiled.last}, but the run has {steps} (they count over "
+            "all stages, as in metrics.jsonl); choose earlier steps"
+        )
     for stage in stages:
         trace(stage.parts)
         config = stage.parts.config
@@ -261,7 +266,7 @@ def _run(
         params = stage.parts.initial_params(key) if state is None else state.params
         if not fresh and state is not None and stage.parts.model.trained is not None:
             params = stage.parts.initial_params(key)  # what adapters are added to is not in the checkpoint
-        given = stage.parts.given() | _carried(stage.parts, held)
+        given = stage.parts.given() | _carried(stage.parts, held, stages[:number])
         if "before" not in run.meta and stage.first_saved:
             run.meta["before"] = measure(params, "test", config.evaluation.problems, "evaluation before")
         stored = _stored(run, stage, params, key, fresh)
@@ -271,7 +276,11 @@ def _run(
             prompts[stage.name] = prompt_batches(stage.parts, explored)
         batches = prompts.get(stage.name)
         state = stage.parts.step.init(key, params, given)
-        later = {name for one in stages[number + 1 :] for name in _carried(one.parts, held)}
+        later = {
+            name
+            for place in range(number + 1, len(stages))
+            for name in _carried(stages[place].parts, held, stages[:place])
+        }
         run.waiting_networks = {name: NetworkState(held[name]) for name in later - state.networks.keys()}
         held = {}  # the state has copies of its own
         del params, given
@@ -307,21 +316,28 @@ def _with_optimizer_of(branch: BranchConfig, state: TrainState) -> TrainState:
     return replace(state, networks={**state.networks, "policy": replace(policy, optimizer_state=held)})
 
 
-def _carried(parts: Parts, held: Mapping[str, PyTree]) -> dict[str, PyTree]:
-    """The networks of earlier stages that this stage continues with instead of initialising them."""
+def _carried(parts: Parts, held: Mapping[str, PyTree], before: Sequence[Stage]) -> dict[str, PyTree]:
+    """The networks of earlier stages that this stage continues with instead of initialising them.
+
+    Networks with a head, those that learn, and those that learned in a stage `before`, unless they follow another
+    network in this one. Copies of the policy start anew.
+    """
     networks = parts.step.composition.networks
-    return {
-        name: params
-        for name, params in held.items()
-        if name in networks and not (networks[name].head is None and networks[name].optimizer is None)
-    }
+    learned = {name for stage in before for name in stage.parts.step.composition.learning}
+
+    def continues(name: str) -> bool:
+        one = networks[name]
+        fixed = name in learned and not (one.moves or one.always_origin)
+        return one.head is not None or one.optimizer is not None or fixed
+
+    return {name: params for name, params in held.items() if name in networks and continues(name)}
 
 
 def _before(stages: Sequence[Stage], key: Any) -> tuple[TrainState | None, dict[str, PyTree]]:
     """A state with the shape of the last of these stages, and the networks that they pass on."""
     state, held = None, {}
-    for stage in stages:
-        given = _carried(stage.parts, held)
+    for number, stage in enumerate(stages):
+        given = _carried(stage.parts, held, stages[:number])
         shapes = jax.eval_shape(partial(initial_state, stage.parts.step.composition), key, None, given)
         state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), replace(shapes, key=jnp.zeros(())))
         state = replace(state, key=key)

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from jaxrl_llm.experience import Method
 from jaxrl_llm.ranges import Count, NonNegative, Positive, ranged
+from jaxrl_llm.statistics import by_row
 
 BlendForm = Literal["return", "preferences"]
 
@@ -185,9 +186,13 @@ def _over_samples(
         if form == "return":
             return p @ primary / prompts
         rewards = columns @ phi
-        gap, told = rewards[:, None] - rewards[None], jax.nn.sigmoid(primary[:, None] - primary[None])
-        loss = -told * jax.nn.log_sigmoid(gap) - (1 - told) * jax.nn.log_sigmoid(-gap)
-        return -p @ jnp.where(group[:, None] == group[None], loss, 0.0) @ p / prompts
+
+        def against_siblings(reward: Array, gold: Array, id: Array) -> Array:
+            gap, told = reward - rewards, jax.nn.sigmoid(gold - primary)
+            loss = -told * jax.nn.log_sigmoid(gap) - (1 - told) * jax.nn.log_sigmoid(-gap)
+            return jnp.where(group == id, loss, 0.0) @ p
+
+        return -p @ by_row(against_siblings, rewards, primary, group) / prompts
 
     def rate(phi: Array) -> Array:  # 1 / (bound of the curvature)
         rewards = jnp.where(there, columns @ phi, 0.0)

@@ -168,7 +168,13 @@ class Composition:
         known = dict(given.networks)
         if self.written is not None and "top_tokens" in self.written.provides:
             known[FILE] = Network(origin=ROWS, model=stored_distributions(self.model.vocabulary_size))
-        return networks_named(self.named, known, self.views, given.critic, writers)
+        brought = self.written.provides if self.written is not None and self.rollout is None else frozenset()
+        if "reference_logprobs" in brought and "reference" in known and known["reference"].moves:
+            raise ValueError(
+                "networks.reference follows the policy, but the rows of the source have reference_logprobs of their "
+                "own; leave one of them out"
+            )
+        return networks_named(self.named - brought, known, self.views, given.critic, writers)
 
     @cached_property
     def wanted(self) -> frozenset[str]:

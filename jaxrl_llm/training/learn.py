@@ -16,6 +16,7 @@ import optax
 from jaxtyping import Array, PyTree
 
 from jaxrl_llm.experience import Experience, KeyUse, Loss, NetworkState, TrainState
+from jaxrl_llm.fields import of_batch
 from jaxrl_llm.models.stored_distributions import as_states
 from jaxrl_llm.network_names import Score, compared_with
 from jaxrl_llm.parallel.placement import constrained_like
@@ -259,7 +260,7 @@ def make_learn(c: Composition) -> Callable[..., tuple[TrainState, dict[str, Arra
 
         def one_update(carry, rows):
             trained, states = carry
-            batch = experience if order.shape[0] == 1 else constrain_rows(jax.tree.map(lambda x: x[rows], experience))
+            batch = experience if order.shape[0] == 1 else _taken(experience, rows)
             grads, (sums, (peaks, drift)) = gradient(objective, specs, trained, state, batch, coefficients)
             after, states_after = {}, {}
             for name in trained:
@@ -287,6 +288,11 @@ def make_learn(c: Composition) -> Callable[..., tuple[TrainState, dict[str, Arra
     return learn
 
 
+def _taken(experience: Experience, rows: Array) -> Experience:
+    """Some rows of a batch, with the fields that belong to the whole batch."""
+    return constrain_rows(jax.tree.map(lambda x: x[rows], experience)).filled(**of_batch(experience))
+
+
 def _optimizers(c: Composition) -> dict[str, optax.GradientTransformationExtraArgs]:
     """The optimiser of each network that learns; optimisers that read it get the loss as `value`."""
     own = {name: network.optimizer for name, network in c.networks.items() if network.optimizer is not None}
@@ -311,16 +317,18 @@ def gradient(
 
     if pieces == 1:
         return differentiate(trained, rows)
-    split = constrain_rows(jax.tree.map(lambda x: x.reshape(pieces, size, *x.shape[1:]), rows), None)
+    whole_batch = of_batch(rows)
+    apart = replace(rows, fields={name: x for name, x in rows.fields.items() if name not in whole_batch})
+    split = constrain_rows(jax.tree.map(lambda x: x.reshape(pieces, size, *x.shape[1:]), apart), None)
 
     def accumulate(carry, piece):
-        grads, (sums, (peaks, drift)) = differentiate(trained, piece)
+        grads, (sums, (peaks, drift)) = differentiate(trained, piece.filled(**whole_batch))
         old_grads, (old_sums, (old_peaks, old_drift)) = carry
         add = lambda a, b: jax.tree.map(jnp.add, a, b)  # noqa: E731
         peaks = jax.tree.map(jnp.maximum, old_peaks, peaks)
         return (add(old_grads, grads), (add(old_sums, sums), (peaks, add(old_drift, drift)))), None
 
-    one = jax.tree.map(lambda x: x[0], split)
+    one = jax.tree.map(lambda x: x[0], split).filled(**whole_batch)
     first = jax.eval_shape(differentiate, trained, one)
     grads, aux = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), first)
     return jax.lax.scan(accumulate, (_like_parameters(specs, grads), aux), split)[0]

@@ -1,4 +1,4 @@
-"""Files of judged completions: what a line becomes, and lines that are refused by file and line."""
+"""Files of judged completions: rows of a line, and refused lines."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def texts(batch):
 
 
 def by_prompt(batch, *values):
-    """(prompt id, text, values) of each row, the lines of the file in their order."""
+    """(prompt id, text, values) of each row, in the order of the file."""
     found = list(zip(batch.prompt_id.tolist(), texts(batch), *(v.tolist() for v in values), strict=True))
     return sorted(found, key=lambda row: row[0])
 
@@ -200,7 +200,7 @@ def test_what_is_too_long_is_an_error_or_is_dropped_with_its_group(batch):
         ("rankings", {"prompt": "A:1", "completions": ["2", 3, "4"]}, "completion 3, which is not text"),
         ("ratings", {"prompt": "A:1", "completion": "2", "rating": "good"}, "rating 'good'; it must be a finite"),
         ("ratings", {"prompt": "A:1", "completion": "2", "rating": True}, "rating True"),
-        ("ratings", {"prompt": "A:1", "completion": "2"}, "rating None"),
+        ("ratings", {"prompt": "A:1", "completion": "2"}, "no rating"),
         ("labels", {"prompt": "A:1", "completion": "2", "label": 2}, "label 2; it must be true, false"),
         ("labels", {"prompt": "A:1", "completion": "2", "label": None}, "label None"),
         ("labels", {"prompt": "A:1", "completion": "2", "label": "yes"}, "label 'yes'"),
@@ -210,6 +210,28 @@ def test_what_is_too_long_is_an_error_or_is_dropped_with_its_group(batch):
         ("steps", {"prompt": "A:1", "steps": ["1", 2], "labels": [1, 0]}, "step 2, which is not text"),
         ("steps", {"prompt": "A:1", "steps": ["1", ""], "labels": [1, 0]}, "an empty step, which has no last token"),
         ("steps", {"prompt": "A:1", "steps": ["1"], "labels": ["good"]}, "label 'good'; it must be a finite"),
+        (
+            "steps",
+            {"prompt": "A:1", "steps": ["1"], "labels": [-100]},
+            "label -100 of a step; it must be true, false",
+        ),
+        ("rankings", {"prompt": "A:1", "completions": ["1", "2"], "ranks": [0]}, r"ranks \[0\]; give one for each"),
+        ("rankings", {"prompt": "A:1", "completions": ["1", "2"], "ranks": [1, 1]}, "a tie, so neither"),
+        (
+            "ratings",
+            {"prompt": "A:1", "response": "2", "helpfulness": 3},
+            "no rating; .* it has the numbers helpfulness",
+        ),
+        (
+            "pairs",
+            {"prompt": "A:1", "chosen": "2", "rejected": "3", "score_chosen": 1, "score_rejected": 2},
+            "score_chosen 1",
+        ),
+        (
+            "verdicts",
+            {"prompt": "A:1", "first": "2", "second": "3", "better": "none"},
+            "better 'none'; it must be first",
+        ),
     ],
 )
 def test_a_line_that_cannot_be_used_is_named_by_file_and_line(tmp_path, kind, line, message):
@@ -349,13 +371,82 @@ def test_a_verdict_is_a_question_and_what_a_judge_should_write(tmp_path):
         sources._of_verdicts(question="which?")
 
 
-def test_groups_of_different_sizes_and_unknown_kinds_are_refused(tmp_path):
-    lines = [LINES["rankings"][0], {"prompt": "A:1", "completions": ["1", "2"]}]
-    path = write(tmp_path / "judged.jsonl", lines)
-    with pytest.raises(ValueError, match=r"groups of \[2, 3\] completions; give each line the same number"):
-        judged_groups(path, "rankings")
+def test_rankings_in_any_order_with_ties_and_of_several_lengths(tmp_path):
+    lines = [LINES["rankings"][0], {"prompt": "A:1", "completions": ["1", "2"], "ranks": [1, 0]}]
+    rows = fed(tmp_path, "rankings", lines=lines).rows(SimpleNamespace(), {})(0)
+    of = {n: sorted(zip(*map(np.ndarray.tolist, each), strict=True)) for n, each in with_weights(rows, "rank").items()}
+    assert of == {0: [(0.0, 1.0), (1.0, 1.0), (2.0, 1.0)], 1: [(-1.0, 0.0), (0.0, 1.0), (1.0, 1.0)]}
+    tied = [{"prompt": "A:1", "completions": ["1", "2", "3"], "ranks": [1, 0, 1]}]
+    (group,) = judged_groups(write(tmp_path / "judged.jsonl", tied), "rankings").groups
+    assert [(row.text, row.values["rank"]) for row in group] == [("1", 1.0), ("2", 0.0), ("3", 1.0)]
     with pytest.raises(ValueError, match="kind is 'triples'; it must be one of pairs, rankings"):
-        judged_groups(path, "triples")
+        judged_groups(tmp_path / "judged.jsonl", "triples")
+
+
+def with_weights(rows, name):
+    """prompt -> (a field, the weight) of its rows."""
+    number = np.asarray(rows.prompt_id)
+    return {
+        n: (np.asarray(rows[name])[number == n], np.asarray(rows.weight)[number == n]) for n in set(number.tolist())
+    }
+
+
+def test_equal_sides_are_ties_also_where_the_prompt_is_what_they_begin_with(tmp_path):
+    lines = [
+        {"chosen": [USER, GOOD], "rejected": [USER, GOOD]},
+        {"chosen": "same", "rejected": "same"},
+        {"chosen": [USER, GOOD], "rejected": [USER, BAD]},
+    ]
+    found = judged_groups(write(tmp_path / "a.jsonl", lines), "pairs", unusable="drop")
+    assert (len(found.groups), found.dropped) == (1, {"equal completions": 2})
+    for line in lines[:2]:
+        with pytest.raises(ValueError, match=r"line 1 has two equal completions .* set unusable to drop"):
+            judged_groups(write(tmp_path / "a.jsonl", [line]), "pairs")
+
+
+def test_a_text_that_is_a_list_of_json_is_a_text(tmp_path):
+    lines = [{"prompt": "[2, 1]", "chosen": "[1, 2]", "rejected": "[]"}]
+    (group,) = judged_groups(write(tmp_path / "a.jsonl", lines), "pairs").groups
+    assert [(row.prompt, row.text) for row in group] == [("[2, 1]", "[1, 2]"), ("[2, 1]", "[]")]
+
+
+def test_steps_without_a_judgement_and_of_one_class(tmp_path):
+    rows = fed(
+        tmp_path,
+        "steps",
+        lines=[{"prompt": "A:1", "steps": ["1", "2", "3"], "labels": [1, None, 0]}],
+        groups_per_step=1,
+    ).rows(SimpleNamespace(), {})(0)
+    np.testing.assert_array_equal(rows["step_labels"][0, :4], [1, np.nan, 0, np.nan])
+    for labels, message in (
+        ([True, 1], "only labels like 1; training needs both classes"),
+        ([None], "no step with a label"),
+    ):
+        line = {"prompt": "A:1", "steps": ["1", "2"][: len(labels)], "labels": labels}
+        with pytest.raises(ValueError, match=message):
+            judged_groups(write(tmp_path / "a.jsonl", [line]), "steps")
+
+
+def test_an_attribute_that_no_row_has_is_refused(tmp_path):
+    lines = [{"prompt": "A:1", "response": "2", "helpfulness": 3, "correctness": 4}]
+    with pytest.raises(ValueError, match=r"no row of .* has the rating 'corectness'; its columns are .*'correctness'"):
+        fed(tmp_path, "ratings", lines=lines, attributes=("helpfulness", "corectness"))
+
+
+def test_verdicts_of_other_data_sets(tmp_path):
+    def read(line, kind="verdicts", **options):
+        asked = Asked(question="{prompt}|{first}|{second}", verdict="{rationale} {verdict}")
+        found = judged_groups(write(tmp_path / "a.jsonl", [LINES[kind][0], line]), kind, asked=asked, **options)
+        return [(row.prompt, row.text) for group in found.groups[1:] for row in group], found.dropped
+
+    helpsteer = {"context": [USER], "response1": "1", "response2": "2", "overall_preference": 2}
+    assert read(helpsteer | {"preference_statement": "why"})[0] == [("q|1|2", "why B")]
+    assert read(helpsteer | {"overall_preference": 0}, unusable="drop") == ([], {"ties": 1})
+    assert read(helpsteer, "pairs")[0] == [("q", "2"), ("q", "1")]
+    arena = {"conversation_a": [USER, GOOD], "conversation_b": [USER, BAD], "winner": "model_b"}
+    assert read(arena)[0] == [("q|g|b", "B")]
+    assert read(arena, "pairs")[0] == [("q", "b"), ("q", "g")]
+    assert read(arena | {"winner": "tie"}, "pairs", unusable="drop")[1] == {"ties": 1}
 
 
 # ---- as a source ----------------------------------------------------------------------------------------------------

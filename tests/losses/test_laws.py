@@ -158,6 +158,8 @@ CASES = exported_losses() | {
     "negative_aware_likelihood/sequence": variant(
         losses.negative_aware_likelihood, level="sequence", prompt_weight="odds", floor=0.1, max_completion_tokens=1
     ),
+    "sequential_divergence_preference": losses.sequential_divergence_preference(),
+    "sequential_divergence_preference/both": losses.sequential_divergence_preference(form="both", alpha=1.0),
     "random_policy_valuation": losses.random_policy_valuation(scale=0.5),
     "success_cloning/plain": variant(losses.success_cloning, scale_by_advantage=False),
     "decoupled_reward": variant(losses.decoupled_reward, max_completion_tokens=16),

@@ -1,11 +1,11 @@
-"""Tiny models of every open family, made by `transformers` on this machine, saved, and read back by ours."""
+"""Tiny models of every open family, made and saved by `transformers`, and read by this package."""
 
 from __future__ import annotations
 
 import os
 from types import SimpleNamespace
 
-# Before anything imports transformers: nothing is downloaded.
+# Set before transformers is imported, so that nothing is downloaded.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 
@@ -160,7 +160,7 @@ CASES = {
     "qwen2 partly windowed, yarn rope": (
         "Qwen2",
         {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1, "rope_parameters": YARN}
-        # Said at two places, which disagree.
+        # Given in two places, which disagree.
         | {"original_max_position_embeddings": 8},
     ),
     "qwen3 tied": ("Qwen3", {"head_dim": 10, "tie_word_embeddings": True}),
@@ -313,15 +313,15 @@ CASES = {
 }
 
 
-# Families whose own config is that of what sees, too.
+# Families whose config includes the vision part.
 TEXT_PARTS = ("Gemma3", "Gemma4", "Qwen3_5", "Qwen3_5Moe")
-# Options that devices are divided over.
+# Sizes that are sharded over devices.
 DIVIDED = ("num_experts", "num_local_experts", "n_routed_experts", "moe_intermediate_size")
 DIVIDED += ("shared_expert_intermediate_size", "num_global_key_value_heads")
 
 
 def their_config(case: str, *, even: bool = False, **sizes):
-    """(the class of a case, its config), with sizes other than usual where they are given, or even ones."""
+    """(the class of a case, its config), with the given sizes, or with sizes that devices divide."""
     import transformers
 
     if even:
@@ -339,8 +339,8 @@ def their_config(case: str, *, even: bool = False, **sizes):
         options = evened(options)
     if "vocab_size_per_layer_input" in options and "vocab_size" in sizes:
         sizes |= {"vocab_size_per_layer_input": sizes["vocab_size"]}
-    if "num_hidden_layers" in sizes:  # a pattern over layers is that of the family then
-        if family == "Gemma4":  # whose last layers need both kinds before them
+    if "num_hidden_layers" in sizes:  # with the family's default pattern over layers
+        if family == "Gemma4":  # its last layers need both kinds before them
             layers = sizes["num_hidden_layers"]
             sizes |= {"layer_types": [("sliding_attention", "full_attention")[i % 2] for i in range(layers)]}
             sizes |= {"num_kv_shared_layers": min(options.get("num_kv_shared_layers", 0), max(layers - 3, 0))}
@@ -360,16 +360,16 @@ def their_config(case: str, *, even: bool = False, **sizes):
 
 
 def torch_model(case: str, **sizes):
-    """A tiny model of `transformers` with random weights, large enough that every part of it shows in the logits."""
+    """A tiny model of `transformers` with random weights, large enough that every part affects the logits."""
     import torch
     import transformers
 
-    torch.set_num_threads(1)  # several wait for each other in a loop, where the models are tiny
+    torch.set_num_threads(1)  # with tiny models, several threads only wait for each other
     family, config = their_config(case, **sizes)
     model = getattr(transformers, family)(config).eval()
     model.set_attn_implementation("eager")
     if any(getattr(config.get_text_config(), name, None) for name in ("num_experts_per_tok", "top_k_experts")):
-        # Their grouped product takes no odd sizes.
+        # Their grouped product does not support odd sizes.
         model.set_experts_implementation("eager")
     generator = torch.Generator().manual_seed(len(case))
     with torch.no_grad():
@@ -391,7 +391,7 @@ def torch_model(case: str, **sizes):
 
 @pytest.fixture(scope="session")
 def make_checkpoint(tmp_path_factory):
-    """case -> its `transformers` model, the directory that it is saved in, and our model and parameters. Read only."""
+    """case -> its `transformers` model, its directory, and our model and parameters. Read only."""
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
@@ -403,7 +403,7 @@ def make_checkpoint(tmp_path_factory):
             theirs = torch_model(case, **sizes)
             directory = tmp_path_factory.mktemp("checkpoint")
             theirs.save_pretrained(directory)
-            # Which rotary factors a model with two sets of them takes, and else nothing.
+            # For a model with two sets of rotary factors: which set it uses.
             execution = {"context_tokens": 46}
             model, params = load_model(directory, **execution)
             made[key] = SimpleNamespace(
@@ -426,7 +426,7 @@ def make_checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def every_case() -> tuple[str, ...]:
-    """Names of all cases."""
+    """The names of all cases."""
     return (*CASES, *VISION_LANGUAGE)
 
 
@@ -438,19 +438,19 @@ def pytest_generate_tests(metafunc):
 
 @pytest.fixture(params=CASES)
 def plain_case(request) -> str:
-    """Each case whose options fit other sizes, too."""
+    """Each case whose options allow other sizes."""
     return request.param
 
 
 @pytest.fixture(scope="session")
 def architectures() -> set[str]:
-    """Of all cases."""
+    """All cases, by name."""
     return {their_config(case)[0] for case in (*CASES, *VISION_LANGUAGE)}
 
 
-# The cases between which everything differs that a cache and a loop over layers can see.
+# Cases that cover all differences relevant to a cache and a loop over layers.
 FEW = ("llama", "gemma3", "gpt_oss", "deepseek_v3", "qwen3_next")
-# One of each family, and two that see.
+# One of each family, and two with a vision part.
 ONE_EACH = {*{family: case for case, (family, _) in reversed(CASES.items())}.values(), *list(VISION_LANGUAGE)[:2]}
 
 

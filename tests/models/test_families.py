@@ -64,7 +64,7 @@ def relative_error(ours, theirs) -> float:
 
 
 def moved_by_last_bits(params, draws=8):
-    """Each weight larger or smaller by its last bit, in some ways: what a model makes of it is no fault of ours."""
+    """Weights perturbed in their last bit; the resulting change of the outputs bounds the allowed difference."""
     for seed in range(draws):
         sign = partial(np.random.default_rng(seed).choice, np.float32([-1, 1]))
         yield jax.tree.map(lambda leaf, sign=sign: leaf * (1 + 2.0**-23 * sign(leaf.shape)), params)
@@ -76,10 +76,10 @@ def test_logits_and_every_hidden_state_equal_those_of_transformers(checkpoint, b
     hidden, _, seen = checkpoint.observe(params, batch.tokens, batch.positions, None, names=NAMES)
     states = seen["hidden_states"]
     assert states.shape == (model.config.layers + 1, *hidden.shape)
-    # A state that is written and read at every token rounds more than attention does.
+    # A recurrent state accumulates more rounding than attention.
     bound = 2e-5 if model.config.delta is None else 5e-5
     assert relative_error(model.logits(params, hidden)[batch.mask], theirs.logits.numpy()[batch.mask]) < bound
-    # Their last state is after the final norm, as our `hidden` is.
+    # The last state of transformers is after the final norm, like our `hidden`.
     for ours, state in zip([*states[:-1], hidden], theirs.hidden_states, strict=True):
         assert relative_error(ours[batch.mask], state.numpy()[batch.mask]) < bound
 
@@ -98,7 +98,7 @@ def their_greedy_tokens(checkpoint, batch):
 
 
 def test_every_token_of_their_greedy_text_is_our_best_one(thorough, batch):
-    """Through the cache, with layers that are scanned over: what we would say is then the same, token by token."""
+    """Greedy text through the cache, with scanned layers, token by token."""
     expected = their_greedy_tokens(thorough, batch)
     model, _ = load_model(thorough.directory, **thorough.execution, layer_loop="scanned")
 
@@ -135,7 +135,7 @@ def test_a_greedy_continuation_of_32_tokens_is_the_same(case, make_checkpoint, b
     np.testing.assert_array_equal(ours(checkpoint.params), their_greedy_tokens(checkpoint, batch))
 
 
-# Every case decodes through a loop over layers in the test of greedy text.
+# The test of greedy text decodes every case with a loop over layers.
 @pytest.mark.parametrize("layer_loop", ["unrolled", pytest.param("scanned", marks=pytest.mark.slow)])
 def test_cached_decoding_equals_the_whole_forward(thorough, batch, layer_loop):
     model, _ = load_model(thorough.directory, **thorough.execution, layer_loop=layer_loop)
@@ -157,7 +157,7 @@ def test_scanned_blocks_show_what_unrolled_blocks_show(thorough, batch):
     arguments = (thorough.params, batch.tokens, batch.positions, None)
     unrolled = thorough.observe(*arguments, names=(*NAMES, *routed))[2]
     scanned = jax.jit(partial(model.observe, names=(*NAMES, *routed)))(*arguments)[2]
-    # Hidden states before the final norm are as large as they like: their error is relative to the largest.
+    # Hidden states before the final norm may be large, so their error is relative to the largest value.
     for ours, other in zip(scanned["hidden_states"], unrolled["hidden_states"], strict=True):
         assert relative_error(ours[batch.mask], other[batch.mask]) < thorough.rounding
     for name in routed:
@@ -173,7 +173,7 @@ def test_two_more_odd_shapes(plain_case, make_checkpoint, batch, sizes, layer_lo
     model, _ = load_model(checkpoint.directory, **checkpoint.execution, layer_loop=layer_loop)
     hidden, _ = jax.jit(model.apply)(checkpoint.params, batch.tokens, batch.positions, None)
     theirs = their_output(checkpoint, batch).logits.numpy()
-    # Wider and deeper random models magnify the last bits.
+    # Wider and deeper random models amplify rounding errors.
     assert relative_error(model.logits(checkpoint.params, hidden)[batch.mask], theirs[batch.mask]) < 1e-4
 
 
@@ -202,7 +202,7 @@ def test_gradients_equal_those_of_autograd(thorough, batch, tmp_path):
     weights = [weight.detach().clone() for weight in theirs.parameters()]
     try:
         for weight, gradient in zip(theirs.parameters(), gradients, strict=True):
-            weight.data.copy_(torch.zeros(()) if gradient is None else gradient)  # none of what sees
+            weight.data.copy_(torch.zeros(()) if gradient is None else gradient)  # None: vision part
         theirs.save_pretrained(tmp_path)
     finally:
         for weight, value in zip(theirs.parameters(), weights, strict=True):
@@ -210,12 +210,12 @@ def test_gradients_equal_those_of_autograd(thorough, batch, tmp_path):
     expected = load_params(tmp_path, model.config)
     bound, errors = 2e-4 if model.config.of_several_kinds else 1e-4, {}
     for (path, leaf), other in zip(jax.tree_util.tree_leaves_with_path(ours), jax.tree.leaves(expected), strict=True):
-        if path[-1].key in ("selection_bias", "layer_scale"):  # these do not learn, and are no parameters of theirs
+        if path[-1].key in ("selection_bias", "layer_scale"):  # not trained, and buffers in transformers
             assert not leaf.any()
             continue
         assert np.abs(other).max() > 1e-3, path
         errors[jax.tree_util.keystr(path)] = relative_error(leaf, other)
-    if max(errors.values()) >= bound:  # the model magnifies the last bits of its weights
+    if max(errors.values()) >= bound:  # the model amplifies rounding of its weights
         others = map(differentiated, moved_by_last_bits(checkpoint.params))
         bound = max(max(jax.tree.leaves(jax.tree.map(relative_error, other, ours))) for other in others)
     assert max(errors.values()) < bound, errors
@@ -305,7 +305,7 @@ def published(name: str) -> dict:
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_real_shapes_have_the_published_number_of_parameters(name):
-    model = transformer(config_from_json(published(name), layer_loop="scanned"))  # one block is traced, not all
+    model = transformer(config_from_json(published(name), layer_loop="scanned"))  # traces one block instead of all
     assert parameter_count(model.specs) == PUBLISHED[name][0]
     hidden, _ = jax.eval_shape(
         model.apply,
@@ -333,7 +333,7 @@ def test_adapters_start_as_the_model_and_merge_into_it(thorough, batch):
     targets = tuple(name for name in TARGETS if any(name in params[stack] for stack in model.config.stacks))
     config = LoraConfig(rank=2, alpha=4.0, targets=targets)
     shapes = jax.eval_shape(partial(add_adapters, config=config), params, key=jax.random.key(0))
-    rng = np.random.default_rng(0)  # numpy compiles nothing
+    rng = np.random.default_rng(0)  # numpy needs no compilation
 
     def started(node, leaf):
         if not isinstance(node, LowRank):
@@ -351,7 +351,7 @@ def test_adapters_start_as_the_model_and_merge_into_it(thorough, batch):
     moved = thorough.observe(learned, *arguments, names=NAMES)[0]
     assert relative_error(moved[batch.mask], hidden[batch.mask]) > 1e-2
     same = thorough.observe(merged(learned), *arguments, names=NAMES)[0]
-    # Another order of summation: no more than the last bits of the weights make of it, where a model magnifies them.
+    # The order of sums differs; the bound is the effect of rounding the weights, if the model amplifies it.
     error, bound = relative_error(same[batch.mask], moved[batch.mask]), 5e-5
     if error >= bound:
         others = [thorough.observe(near, *arguments, names=NAMES)[0] for near in moved_by_last_bits(learned)]
@@ -367,7 +367,7 @@ def sized(architecture, vocabulary, width, hidden, layers, heads, kv_heads=None,
 
 GEMMA3_27B = {"head_dim": 128, "query_pre_attn_scalar": 168, "num_attention_heads": 32, "num_key_value_heads": 16}
 GEMMA3_27B |= {"hidden_size": 5376, "intermediate_size": 21_504, "num_hidden_layers": 62}
-# Beside these each layer has one number that transformers does not count.
+# Each layer also has one scalar that transformers does not count.
 GEMMA4_E2B = {"num_kv_shared_layers": 20, "use_double_wide_mlp": True}
 GEMMA4_E2B |= {"layer_types": (["sliding_attention"] * 4 + ["full_attention"]) * 7}
 GEMMA4_31B = {"num_global_key_value_heads": 4, "attention_k_eq_v": True, "hidden_size_per_layer_input": 0}

@@ -1,4 +1,4 @@
-"""Models of one's own: pure functions and Linen modules that keep to the protocol train; others are told why not."""
+"""Users' models: functions and Linen modules that follow the protocol train; others are refused with the reason."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ RECURRENT = dict(
 
 
 class Seen(NamedTuple):
-    """Embedded tokens in the order in which they came, slots first."""
+    """Embedded tokens in order, those in slots first."""
 
     embedded: Any
     positions: Any
@@ -91,7 +91,7 @@ def attention_cache(rows, slots):
 
 def attention_apply(params, tokens, positions, cache, *, visible=lambda own, seen: (seen <= own) & (seen >= 0)):
     embedded = params["table"][tokens]
-    # Without a place in it, attention would not tell the order of what came before.
+    # Positions are needed because attention ignores order.
     embedded = embedded + jnp.sin(positions[..., None] * jnp.arange(1, WIDTH + 1) / 3)
     keys, seen = embedded, positions
     if cache is not None:
@@ -245,7 +245,7 @@ def test_the_derived_expansion_of_a_cache_samples_what_the_one_written_by_hand_s
     def drawn(model):
         return generate(model, params, prompts, jax.random.key(1), 0, **sizes)
 
-    # By hand, a prompt is context that its samples share; derived, each of them has a copy.
+    # In the hand-written cache the samples share the prompt; in the derived one each has a copy.
     by_hand, derived = drawn(model), drawn(model._replace(expand_cache=repeating(model.init_cache)))
     np.testing.assert_array_equal(derived.tokens, by_hand.tokens)
     np.testing.assert_allclose(derived.behaviour_logprobs, by_hand.behaviour_logprobs, atol=1e-5)
@@ -309,7 +309,7 @@ def test_nnx_is_not_imported():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-# ---- what breaks the protocol is said when the model is built -------------------------------------------------------
+# ---- violations of the protocol are found when the model is built ---------------------------------------------------
 
 
 def padded_cache(params, tokens, positions, cache):
@@ -375,7 +375,7 @@ def test_a_module_that_cannot_be_a_policy_is_refused(module, message):
         from_linen(module, vocabulary_size=VOCABULARY)
 
 
-# ---- what breaks a law is found by trying it ------------------------------------------------------------------------
+# ---- violations of a law are found by a trial -----------------------------------------------------------------------
 
 
 def sees(visible):
@@ -407,7 +407,7 @@ def tiled(cache, samples, extra):
 
 def mixing(params, tokens, positions, cache):
     hidden, cache = attention_apply(params, tokens, positions, cache)
-    # Rows that have ended drag the others along: a batch statistic in the decode step only.
+    # A batch statistic only in the decode step, so that finished rows influence the others.
     ended = (positions < 0).any() & (tokens.shape[1] == 1)
     return jnp.where(ended, hidden - hidden.mean(0), hidden), cache
 

@@ -1,6 +1,6 @@
-"""Weights in and out: equal to what `transformers` reads, slice by slice, on many devices; and every bad file by name.
+"""Import and export of weights: equal to `transformers`, slice by slice, on many devices; damaged files are refused.
 
-`loaded_on_a_mesh` is run as a script in a process that sees four virtual CPU devices.
+`loaded_on_a_mesh` is run as a script in a process with four virtual CPU devices.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def logits_of(theirs, batch):
 def from_pretrained(directory):
     import transformers
 
-    # The text part of a vision-language model is written as a model of its own where there is no original.
+    # Without the original files, the text part of a vision-language model is exported as a text-only model.
     (name,) = json.loads((directory / "config.json").read_text())["architectures"]
     model = getattr(transformers, name).from_pretrained(directory, attn_implementation="eager")
     if any(getattr(model.config.get_text_config(), name, None) for name in ("num_experts_per_tok", "top_k_experts")):
@@ -70,13 +70,13 @@ def from_pretrained(directory):
 
 
 def text_class(checkpoint) -> str:
-    """Of the text part of a vision-language model."""
+    """Names of the text part of a vision-language model."""
     return text_part(json.loads((checkpoint.directory / "config.json").read_text()))[0]
 
 
 def test_an_export_gives_transformers_the_same_logits_and_us_the_same_weights(checkpoint, batch, tmp_path):
     before = logits_of(checkpoint.theirs, batch)
-    # In several files with an index, with the config.json that it came with; and in one file with one of our own.
+    # In several files with an index and the original config.json, and in one file with a config.json of ours.
     save_model(
         tmp_path / "many", checkpoint.params, checkpoint.model.config, source=checkpoint.directory, max_shard_bytes=9999
     )
@@ -86,7 +86,7 @@ def test_an_export_gives_transformers_the_same_logits_and_us_the_same_weights(ch
     assert [file.name for file in sorted((tmp_path / "one").iterdir())] == ["config.json", "model.safetensors"]
     for name in ("many", "one"):
         theirs = from_pretrained(tmp_path / name)
-        # Where two families can say a config, one's own file may name the other, whose products have other shapes.
+        # If two families describe the same config, our file may name the other one, whose products have other shapes.
         exact = name == "many" or type(theirs).__name__ in (type(checkpoint.theirs).__name__, text_class(checkpoint))
         error = np.abs(logits_of(theirs, batch) - before)[batch.mask].max()
         assert error == 0 if exact else error < 1e-4
@@ -102,7 +102,7 @@ def test_what_is_not_text_is_carried_along_bit_for_bit(case, make_checkpoint, tm
         model, params = load_model(checkpoint.directory)
     before = {name: tensor.read((...,)) for name, tensor in stored_tensors(checkpoint.directory).items()}
     assert sum("language_model" not in name and "lm_head" not in name for name in before) > 5
-    # Whether it comes from the files themselves, or through orbax.
+    # From the files directly, and through orbax.
     save_imported(tmp_path / "imported", params, source=checkpoint.directory)
     same(load_params(tmp_path / "imported", model.config), params)
     save_model(tmp_path / "one", params, model.config, source=checkpoint.directory)
@@ -113,7 +113,7 @@ def test_what_is_not_text_is_carried_along_bit_for_bit(case, make_checkpoint, tm
 
 
 def test_weights_in_mxfp4_are_read_block_by_block_and_written_as_they_are_meant(make_checkpoint, tmp_path):
-    """The experts of a tiny gpt-oss as blocks and scales, against what `transformers` makes of them."""
+    """The experts of a tiny gpt-oss as blocks and scales, compared with `transformers`."""
     import torch
     from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
@@ -152,7 +152,7 @@ def test_weights_in_mxfp4_are_read_block_by_block_and_written_as_they_are_meant(
 
 
 def _packed_words(numbers, bits, axis, order):
-    """Integers as words of 32 bits along an axis, number `order[i]` of each word in its i-th place from below."""
+    """Integers packed into 32-bit words along an axis; number `order[i]` is in the i-th place from the lowest bits."""
     count = 32 // bits
     numbers = np.moveaxis(np.asarray(numbers, np.uint32), axis, -1)
     words = np.zeros((*numbers.shape[:-1], numbers.shape[-1] // count), np.uint32)
@@ -162,7 +162,7 @@ def _packed_words(numbers, bits, axis, order):
 
 
 def _packed(kind, weight, rng, bits=4, group=8):
-    """(tensors by the end of their names, what they mean) for a matrix [outputs, inputs]."""
+    """(tensors by name suffix, the dequantised matrix) for a matrix [outputs, inputs]."""
     outputs, inputs = weight.shape
     if kind == "fp8":
         import ml_dtypes
@@ -214,7 +214,7 @@ def test_weights_of_few_bits_are_read_as_what_they_mean(kind, described, make_ch
     box = (slice(1, 2), slice(3, 29), slice(0, 2), slice(1, 3), slice(2, 7))
     read = leaf_slice(layout, "blocks/qkv", box, stored, np.float32)
     np.testing.assert_array_equal(read, np.asarray(load_model(plain)[1]["blocks"]["qkv"])[box])
-    if kind != "fp8":  # which safetensors.numpy does not read
+    if kind != "fp8":  # which safetensors.numpy cannot read
         rewritten(directory, lambda tensors: tensors.pop(next(name for name in tensors if name.endswith("scales"))))
         with pytest.raises(ValueError, match=r"quantised weights have no .*scales; copy all files"):
             load_model(directory)
@@ -361,7 +361,7 @@ def test_any_box_of_any_leaf_can_be_read_by_itself(thorough):
 
 
 class Counting:
-    """A stored tensor that counts the numbers that are read from it."""
+    """A stored tensor that counts how many of its numbers are read."""
 
     def __init__(self, tensor, counts):
         self.tensor, self.counts = tensor, counts
@@ -520,7 +520,7 @@ def edited(directory: Path, **fields) -> None:
 
 @pytest.fixture
 def broken(make_checkpoint, tmp_path):
-    """A copy of an untied checkpoint, to be damaged."""
+    """A copy of an untied checkpoint, for damaging."""
     return copied(make_checkpoint(UNTIED).directory, tmp_path / "model")
 
 

@@ -1,4 +1,4 @@
-"""`jaxrl train` over several processes on loopback, under a watchdog: four devices in all, whoever holds them.
+"""`jaxrl train` with several processes on loopback, under a watchdog, with four devices in total.
 
 This file, run as a script, is one process of a test of steps: `test_several.py PROCESS COUNT PORT DEVICES WHAT OUT`.
 """
@@ -26,7 +26,7 @@ import yaml
 
 from jaxrl_llm.reporting.run_directory import read_records
 
-# The tests read checkpoints without the shardings that they were written with.
+# The tests read checkpoints without their original shardings.
 pytestmark = pytest.mark.filterwarnings("ignore:Sharding info not provided")
 
 HERE = Path(__file__).parent
@@ -35,7 +35,7 @@ DEVICES, STEPS, WARM = 4, 6, 2
 LIMIT = 900  # seconds after which the watchdog ends a test's processes
 
 
-# ---- two steps, without a command ----
+# ---- two steps, without the command line ----
 
 
 def two_steps(process: int, count: int, port: int, devices: int, *, what: str, out: str) -> None:
@@ -75,7 +75,7 @@ def two_steps(process: int, count: int, port: int, devices: int, *, what: str, o
         "refilled": {"plan": refilled, "prompts_per_step": 2},
     }
     read: list[Any] = []
-    if what == "read":  # texts become numbers, and rows that a reading leaves out have weight 0
+    if what == "read":  # texts become numbers, and rows without a value have weight 0
         read = [("answer_id", first_letter), ("rewards", majority_match)]
     replayed = what == "replayed, offloaded"
     offload = frozenset({"optimizer", "reference"} if replayed else ())
@@ -120,7 +120,7 @@ def two_steps(process: int, count: int, port: int, devices: int, *, what: str, o
         names = ("tokens", "reward_components", "rewards", "group", "weight", *(["answer_id"] if read else []))
         compared = {name: rows[name] for name in names}
         found |= {f"{name} {index}": value for name, value in hosts.host_copy(compared).items()}
-        if what == "plain":  # a process holds all rows of a prompt that it scores, though twelve could be split further
+        if what == "plain":  # a prompt's rows stay in one process
             _, own = hosts.own_rows(hosts.by_rows({"group": rows.group}, 4, mesh))
             assert np.bincount(own["group"], minlength=4).tolist().count(3) == 4 // count
     found["scores"] = hosts.host_copy(state.params["scores"])
@@ -154,7 +154,7 @@ class Launched:
 
     Attributes:
       processes: in the order of their numbers.
-      logs: what each prints.
+      logs: the output of each.
     """
 
     def __init__(self, processes: Sequence[subprocess.Popen], logs: Sequence[Path]):
@@ -164,7 +164,7 @@ class Launched:
         return [log.read_text() for log in self.logs]
 
     def ended(self, seconds: float = LIMIT) -> list[int]:
-        """Their exit statuses."""
+        """Exit statuses of the processes."""
         until = time.monotonic() + seconds
         for number, process in enumerate(self.processes):
             try:
@@ -181,7 +181,7 @@ class Launched:
 
 @contextmanager
 def launched(commands: list[list[str]], directory: Path, environments: list[dict] | None = None) -> Iterator[Launched]:
-    """Start them, and see that they are gone in the end."""
+    """A context with running processes, which are ended at its exit."""
     directory.mkdir(parents=True, exist_ok=True)
     python_path = os.pathsep.join([str(ROOT), str(HERE)])
     shared = os.environ | {"PYTHONPATH": python_path, "JAX_PLATFORMS": "cpu"}
@@ -232,7 +232,7 @@ def test_steps_of_two_processes_are_those_of_one(tmp_path, what):
         assert np.isnan(alone["reward_components 0"]).any()
         assert len(np.unique(alone["answer_id 0"])) > 4
     assert relative(alone["scores"], alone["start"]) > 1e-3
-    # Sums over rows come in another order, and Adam makes a whole step of a gradient that is near 0.
+    # The order of sums over rows differs, and Adam makes a full step for a gradient near 0.
     assert relative(both["scores"], alone["scores"]) < (1e-5 if what == "read" else 1e-6)
 
 
@@ -243,7 +243,7 @@ def relative(ours: np.ndarray, theirs: np.ndarray) -> float:
 # ---- whole runs ----
 
 REWARDS = {"in the program": "even_share", "on the host": "vowel_share"}
-# One layout for each kind of reward; `tensor` and `fsdp` lie across four processes, and across two.
+# One layout for each kind of reward; `tensor` and `fsdp` span four processes, and two.
 MESHES = {"in the program": {"fsdp": 2, "tensor": 2}, "on the host": {"data": 2, "fsdp": 2}}
 
 
@@ -346,7 +346,7 @@ def alone(configs, tmp_path_factory) -> dict[str, Path]:
 
 @pytest.mark.slow
 def test_the_runs_learn_something(alone):
-    # Otherwise equal parameters would say nothing.
+    # Otherwise equal parameters would prove nothing.
     for directory in alone.values():
         before, after = params_of(directory, WARM), params_of(directory)
         assert max(relative(after[name], before[name]) for name in after) > 1e-3
@@ -388,7 +388,7 @@ def test_selections_of_two_processes_choose_as_those_of_one(data_directory, tmp_
     for one, other in zip(*told, strict=True):
         reported = {name: value for name, value in one.items() if name.startswith("selection/")}
         assert {name: other[name] for name in reported} == pytest.approx(reported, rel=1e-5, abs=1e-7)
-    assert len({line["prompt"] for line in alone}) > 12  # of 24, four a step
+    assert len({line["prompt"] for line in alone}) > 12  # of 24, four per step
 
 
 def until_step(run: Launched, directory: Path, step: int) -> None:
@@ -432,7 +432,7 @@ def test_kill_of_one_ends_the_other_and_the_run_goes_on(alone, configs, tmp_path
         since = time.monotonic()
         status, said = run.ended(90)[1 - killed], run.said()[1 - killed]
     assert time.monotonic() - since < 60
-    # When process 0 is lost, jax's own abort may come first; it does not know who.
+    # If process 0 is lost, jax may abort first, without naming the process.
     assert (status == 75 and f"process {killed} on" in said and "was lost" in said) or (
         killed == 0 and status == -signal.SIGABRT
     ), (status, said)
@@ -452,13 +452,13 @@ def test_both_go_on_from_their_hosts_or_neither_does(alone, configs, tmp_path, r
             process.kill()
         run.ended(30)
     assert [int(path.name) for path in (directory / "checkpoints").iterdir() if path.name.isdecimal()] == [WARM]
-    if replaced:  # a new host has none of its own
+    if replaced:  # a new host has no local checkpoint
         shutil.rmtree(next((tmp_path / "local").glob("*/process-1")))
     with launched(train(2, "--resume", directory), tmp_path / "more", share(2)) as run:
         run.succeeded()
         told = "resuming from the local checkpoint of step" in " ".join(run.said()[0].split())
     assert told != replaced
-    # One process and two round the last digit of an entropy apart now and then: completions and rewards are compared.
+    # Runs of one and two processes may differ in the last digit of an entropy, so completions and rewards are compared.
     names = ("step", "completion", "reward")
     lines = [read_records(path / "samples.jsonl") for path in (directory, alone["on the host"])]
     assert [[line[n] for n in names] for line in lines[0]] == [[line[n] for n in names] for line in lines[1]]
@@ -493,7 +493,7 @@ def test_two_processes_write_to_an_address_and_go_on_elsewhere(alone, configs, t
 def test_processes_without_a_shared_disk_bring_their_arrays_and_go_on_elsewhere(alone, configs, tmp_path):
     address, config = f"file://{tmp_path}/bucket/run", configs["in the program"]
     kept = ["checkpoints.every_steps=1", "checkpoints.keep=2"]
-    # A reference that is written once beside the checkpoints, and has no weight.
+    # A reference that is stored once next to the checkpoints, with weight 0 in the loss.
     words = [config, f"run_dir={address}", *kept, "losses=[clipped_surrogate, {kl_estimate: {coefficient: 0.0}}]"]
 
     def apart(name: str) -> list[dict[str, str]]:
@@ -515,7 +515,7 @@ def test_processes_without_a_shared_disk_bring_their_arrays_and_go_on_elsewhere(
     assert [[line[n] for n in names] for line in lines[0]] == [[line[n] for n in names] for line in lines[1]]
     expected = params_of(alone["in the program"])
     assert all(relative(value, expected[name]) < 1e-5 for name, value in params_of(bucket).items())
-    # One process alone reads it as any other.
+    # A single process reads it like any other checkpoint.
     with launched([[sys.executable, "-m", "jaxrl_llm.cli", "ckpt", "verify", address]], tmp_path / "verify") as run:
         run.succeeded()
 

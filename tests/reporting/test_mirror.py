@@ -1,4 +1,4 @@
-"""A run at an address: what is there at any moment can be gone on from, by this machine or another."""
+"""A run at an address: at any moment it can be resumed from there, on this machine or another."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_another_machine_gets_what_was_brought_there(tmp_path, address, kind):
     here.push()
     there.fetch()
     assert files(there.directory) == {n: t for n, t in (RUN | CHECKPOINT).items() if n != ".owner"}
-    # Records that grew, a checkpoint that retention deleted, and one that is new.
+    # Longer records, a checkpoint that retention deleted, and a new one.
     write(here.directory, {"metrics.jsonl": '{"step": 1}\n{"step": 2}\n', "checkpoints/2/meta/metadata": "{}"})
     shutil.rmtree(here.directory / "checkpoints" / "1")
     here.push()
@@ -94,8 +94,8 @@ def test_a_checkpoint_without_its_meta_is_not_there(tmp_path, address, monkeypat
     here.say = said.append
     here.push_later()
     here._thread.join()
-    assert re.search(r"demo cannot be written now \(ConnectionError: the line is down\); the run goes on", said[0])
-    # Records first, arrays, then the metas: another machine finds the checkpoint before.
+    assert re.search(r"demo cannot be written now \(ConnectionError: the line is down\); the run continues", said[0])
+    # Records first, then arrays, then metadata: until then another machine finds the previous checkpoint.
     assert sent[:2] == ["config.yaml", "metrics.jsonl"]
     assert sent[2].endswith("d/0")
     assert all(name.endswith("meta/metadata") for name in sent[4:])
@@ -126,11 +126,11 @@ def test_what_could_not_be_brought_at_the_end_is_brought_by_the_next_start(tmp_p
             write(mirror.directory, CHECKPOINT)
             monkeypatch.setattr(mirror.fs, "put_file", broken)
 
-    with pytest.raises(ConnectionError, match=r"503 Slow Down.*; the run is whole in .*here"):
+    with pytest.raises(ConnectionError, match=r"503 Slow Down.*here has the whole run"):
         trained()
     monkeypatch.setattr(mirror.fs, "put_file", put)
     again = Mirror(address, tmp_path / "here")
-    again.fetch()  # it was written from here, so what is here is newer
+    again.fetch()  # this machine wrote it, so its copy is newer
     assert files(again.directory).keys() >= CHECKPOINT.keys()
     with again.kept():
         pass
@@ -148,9 +148,9 @@ def test_what_is_changed_in_place_is_changed_at_the_address(tmp_path, address, m
         assert run == working_directory(address)
         shutil.rmtree(run / "checkpoints" / "1")
     assert {name for name in here.there() if "/" in name} == {"checkpoints/2/meta/metadata"}
-    here.fetch()  # the machine of the run has an older copy now
+    here.fetch()  # the first machine now has an older copy
     assert "checkpoints/1/meta/metadata" not in files(here.directory)
-    with pytest.raises(ValueError, match="holds no run"), changed_in_place(f"{address}-other"):
+    with pytest.raises(ValueError, match="has no run"), changed_in_place(f"{address}-other"):
         pass
     with changed_in_place(tmp_path) as run:
         assert run == tmp_path
@@ -207,7 +207,7 @@ def test_a_start_that_has_computed_nothing_is_in_nobodys_way(tmp_path, address, 
         write(config.directory, RUN)
         mirror.push()
     assert Mirror(address).started()
-    mirror.fs.rm(mirror.root, recursive=True)  # what is here waits to be brought
+    mirror.fs.rm(mirror.root, recursive=True)  # local files wait for upload
     assert Mirror(address).started()
     with pytest.raises(ValueError, match=r"has a working copy in .*resume that run"), mirrored(config, False, print):
         pass
@@ -244,7 +244,7 @@ def test_a_kill_leaves_no_half_file_in_a_local_folder(tmp_path, monkeypatch):
         mirror.push()
     assert (tmp_path / "bucket/run/metrics.jsonl").read_text() == RUN["metrics.jsonl"]
     assert mirror.there().keys() == {"config.yaml", "metrics.jsonl"}
-    # What another process is about to say counts as nothing.
+    # An incomplete report of another process is ignored.
     (tmp_path / "bucket/run/.brought-1").write_text('{"start": "a", "st')
     assert mirror.share.arrived(mirror.fs, mirror.root) == set()
     other.share.say(other.fs, other.root, ["checkpoints/1/"])
@@ -266,7 +266,7 @@ def test_what_is_no_run_is_refused(tmp_path, address, monkeypatch):
     assert working_directory(address) == tmp_path / "jaxrl_llm/runs/memory/bucket/runs/demo"
     assert local_copy(tmp_path) == tmp_path
     assert not is_address(tmp_path)
-    with pytest.raises(ValueError, match="memory://bucket/runs/demo holds no run"):
+    with pytest.raises(ValueError, match="memory://bucket/runs/demo has no run"):
         local_copy(address)
     with pytest.raises(ValueError, match="nowhere://a cannot be reached: Protocol not known: nowhere"):
         Mirror("nowhere://a")
@@ -299,7 +299,7 @@ def test_a_run_at_an_address_goes_on_on_another_machine(tmp_path, address, micro
 
 
 def checkpoint_of(step, process):
-    """What a process writes of a checkpoint: its chunk of an array, and what is said about all."""
+    """The files of a checkpoint that a process writes: its chunk of an array, and the shared metadata."""
     said = {f"checkpoints/{step}/meta/metadata": "{}", f"checkpoints/{step}/state/w/.zarray": "{}"}
     notes = {f"checkpoints/{step}/state/array_metadatas/process_{process}": "{}"}
     return {f"checkpoints/{step}/state/w/0.{process}": f"{step} {process}"} | notes | said
@@ -328,11 +328,11 @@ def test_a_checkpoint_is_there_when_each_process_has_brought_its_arrays(tmp_path
         "host/1/logs/reward.log": "of this process",
     }
     expected = {name: text for name, text in everything.items() if name != ".owner"}
-    # Each goes on with all of it: on another machine, or where it has its share.
+    # All have the whole run: a new machine, and the machines with their own parts.
     for mirror in (Mirror(address, tmp_path / "new"), *shares(address, tmp_path, "a")):
         mirror.fetch()
         assert {n: t for n, t in files(mirror.directory).items() if n in expected or "/" in n} == expected
-    # Another start, which has nothing to do with what the first one has said; its retention deletes the first step.
+    # Another start ignores reports of the first one; its retention deletes the first step.
     again, beside = (Mirror(address, tmp_path / f"a{i}", share=Share(i, 2, "b")) for i in range(2))
     for number, mirror in enumerate((again, beside)):
         shutil.rmtree(mirror.directory / "checkpoints" / "1")
@@ -367,7 +367,7 @@ def test_at_the_end_process_0_waits_for_the_others_as_long_as_they_bring_somethi
         pass
     bringing.join()
     assert "checkpoints/1/meta/metadata" in main.there()
-    # One that is lost is not waited for, and what it has not brought is not taken.
+    # A lost process is not waited for, and a step without its uploads is not complete.
     write(main.directory, checkpoint_of(2, 0))
     began = time.monotonic()
     with main.kept(beat=0.1):

@@ -1,7 +1,7 @@
-"""Rewards made of arrays: the worked example of each card, and what holds for all of them.
+"""Rewards on arrays: the worked example of each card, and laws of all of them.
 
-All run in one program on eight rows, of which those behind the example are absent: on one device, with the rows the
-other way round, with NaN in the absent rows, and, in a process of its own, on eight devices.
+All run in one program on eight rows; the rows after the example are absent. It runs on one device, with the rows in
+reverse order, with NaN in the absent rows, and in a separate process on eight devices.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ NAN = float("nan")
 
 
 def named(function, *names, **hyper):
-    """With columns of these names."""
+    """A record with columns of these names."""
     return partial(function, reward_names=names, **hyper)
 
 
 def remembered(made, *batches):
-    """A method's answer to its data after it has seen these batches."""
+    """The result of a method on its data after updates with these batches."""
 
     def last(**data):
         memory = made.init()
@@ -43,7 +43,7 @@ def remembered(made, *batches):
 
 
 def of_turns(**hyper):
-    """VeRPO's two parts on the turns of episodes whose tokens are one a turn."""
+    """VeRPO's two parts on episodes with one token per turn."""
 
     def both(test_passes, correct, mask, group, weight):
         turn = jnp.broadcast_to(jnp.arange(mask.shape[1]), mask.shape)
@@ -72,9 +72,9 @@ SIMILAR = {"quality": [0.8, 0.78, 0.7]}
 LEVELS = {"step_match": [[1.0, 0]], "stated_confidence": [[1.0, 0.75]], "internal_confidence": [[0.75, 0.25]]}
 LENGTHS = {"correct": [1.0, 1, 0, 0], "length": [25, 100, 25, 150]}
 
-# name: (function, data of the example, expected). What is not a row is a scalar.
+# name: (function, data of the example, expected). Data that are not rows are scalars.
 EXAMPLES = {
-    # said of turns
+    # rewards of turns
     "sotopia-rl": (
         partial(rewards.attributed_turns, highest=(10.0, 5.0, 8.0), lowest=(0.0, 0.0, 0.0), scale=10.0),
         {"contributions": [[[1.0, 0, 1], [1 / 3, 2 / 3, 0]]], "correct": [[8.0, 3, 6]]},
@@ -452,7 +452,7 @@ EXAMPLES = {
 
 
 def filled(data: dict, fill: float) -> dict:
-    """The data of an example with absent rows behind it, in groups of their own."""
+    """The data of an example, followed by absent rows in separate groups."""
     rows = {name: np.asarray(value) for name, value in data.items()}
     count = max(len(value) for value in rows.values() if value.ndim)
     absent = {
@@ -466,7 +466,7 @@ def filled(data: dict, fill: float) -> dict:
 
 
 def wanted(name: str, data: dict) -> dict:
-    """What a function takes of it, floats as 32 bits."""
+    """The arguments of a function, with floats in float32."""
     function = EXAMPLES[name][0]
     while isinstance(function, partial):
         function = function.func
@@ -492,7 +492,7 @@ def program(data):
 
 @pytest.fixture(scope="module")
 def eight(tmp_path_factory):
-    """All of them on eight devices, in a process that runs meanwhile."""
+    """All of them on eight devices, in a concurrent process."""
     path = tmp_path_factory.mktemp("cards") / "eight.npz"
     root = str(Path(jaxrl_llm.__file__).parent.parent)
     environment = os.environ | {

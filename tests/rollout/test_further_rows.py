@@ -1,4 +1,4 @@
-"""Plans whose rows start from something that is made of others, and rows that are rewritten before they learn."""
+"""Plans whose rows start from other rows, and rows that are rewritten before training."""
 
 from __future__ import annotations
 
@@ -112,11 +112,11 @@ def test_help_is_there_while_sampling_and_not_while_learning(model):
     branch = np.asarray(rows["branch"]) > 0
     np.testing.assert_array_equal(rows.prompt_tokens, np.repeat(prompts().tokens, SAMPLES, axis=0))
     np.testing.assert_array_equal(rows.group, np.repeat(np.arange(3), SAMPLES))
-    assert metrics["sampler_gap_max"] < 1e-5  # of what was drawn where it stands
+    assert metrics["sampler_gap_max"] < 1e-5  # of the tokens that were sampled in this row
     source = np.asarray(rows.source)
     assert (source[branch] == Source.REPLAYED).any()
     assert not (source[branch] == Source.SAMPLED).any()
-    # Drawn behind the other prompt: what `generate` draws there for the same sample number.
+    # Sampled after the other prompt: equal to `generate` for the same sample number.
     state = composed(model, None).init(jax.random.key(0))
     p = prompts()
     asked = Prompts(p.fields["privileged_tokens"], p.fields["privileged_length"], *(getattr(p, n) for n in
@@ -158,7 +158,7 @@ def test_a_view_samples_and_another_is_scored(model):
     np.testing.assert_array_equal(rows.prompt_tokens, np.repeat(prompts().tokens, SAMPLES, axis=0))
     np.testing.assert_array_equal(rows.prompt_length, 1)
     assert "plain_tokens" not in rows
-    assert metrics["ratio_max"] < 1 + 1e-5  # old log-probabilities are those behind the plain prompt
+    assert metrics["ratio_max"] < 1 + 1e-5  # old log-probabilities are those after the plain prompt
 
 
 @pytest.mark.slow
@@ -235,7 +235,7 @@ def test_a_conversation_without_its_failed_turn():
 
 
 def calls_counted(model):
-    """A model that counts how often it is asked about how many positions."""
+    """A model that counts its calls by the number of positions."""
     calls = []
 
     def apply(params, tokens, positions, cache):
@@ -300,10 +300,10 @@ def test_what_looks_lost_is_given_up_where_that_is_cheaper(model):
         plans.early_abort, plans.plain(samples_per_prompt=SAMPLES), lost=lambda tokens: tokens[:, 1] % 2 == 0
     )
     rows, metrics, state = drawn(model, look(after_tokens=3, spared=0.5), 1)
-    assert float(metrics["abandoned_share"]) == 0  # no rates are known yet
+    assert float(metrics["abandoned_share"]) == 0  # there are no rates yet
     known = state.memory["rollout:plan"]
     assert float(known.count.sum()) == 12
-    assert float(known.count[1, 1]) == 0  # what is odd does not look lost
+    assert float(known.count[1, 1]) == 0  # odd rows are not predicted to fail
     plain = drawn(model, plans.plain(samples_per_prompt=SAMPLES))[0]
     same_rows(plain, rows)
     rows, metrics, _ = drawn(model, look(after_tokens=3, spared=0.5, least_successes=1), 3)
@@ -409,7 +409,7 @@ def test_a_tree_grows_where_its_bounds_are_highest_and_teaches_both_networks(att
     assert there.any()
     assert 3 <= metrics["tree_nodes"] <= 12
     last = np.take_along_axis(np.asarray(rows.tokens), np.asarray(rows.length)[:, None] - 1, axis=1)[:, 0]
-    assert (last[there] != 5).all()  # what learns has ended
+    assert (last[there] != 5).all()  # trained rows have ended
     labels = np.asarray(rows["step_labels"])[there]
     solved = np.asarray(rows["correct"])[there] >= 1
     ends = np.asarray(rows.tokens)[there] == 5
@@ -432,7 +432,7 @@ def test_the_search_goes_down_and_back():
     tree = Tree(rows, parent, jnp.array([[0.0, 0.2, 0.9, 0, 0.5]]), jnp.array([[4.0, 1, 3, 0, 0]]),
                 jnp.array([[False, False, False, True, False]]), jnp.int32(2))  # fmt: skip
     assert selected(tree, 0.0).tolist() == [2]
-    assert selected(tree, 3.0).tolist() == [4]  # little visited, and below it what was never
+    assert selected(tree, 3.0).tolist() == [4]  # rarely visited, with children that were never visited
     after = backed_up(tree, jnp.array([0]))
     np.testing.assert_allclose(after.value[0, 0], 0.725)
     np.testing.assert_array_equal(after.visits, [[5, 1, 3, 0, 0]])
@@ -443,7 +443,7 @@ def test_the_search_goes_down_and_back():
     assert np.isnan(tree_targets(jnp.array([-1, 0, 0]), jnp.zeros(3, bool))).all()
     chain = tree_targets(jnp.array([-1, 0, 1, 2]), jnp.arange(4) == 3)
     np.testing.assert_allclose(chain[1:], [1 / 3, 2 / 3, 1], rtol=1e-6)
-    assert np.isnan(tree_targets(jnp.array([-1, 0, 0, -1]), jnp.arange(4) == 1)[3])  # it is not there
+    assert np.isnan(tree_targets(jnp.array([-1, 0, 0, -1]), jnp.arange(4) == 1)[3])  # the node is absent
 
 
 CODES = {"~": 3, "'": 4, ":": 5, "#": 6, "_": 7, "&": 8, "1": 9, "2": 10}

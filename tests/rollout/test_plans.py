@@ -1,4 +1,4 @@
-"""Plans, against the same completions drawn by hand."""
+"""Plans, compared with the same completions sampled directly."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ from jaxrl_llm.training import Resources, Rollout, Update, make_train_step
 
 SIZES = {"max_completion_tokens": 4, "eos_ids": (2,), "pad_id": 0}
 WIDTHS = {"max_completion_tokens": 4, "pad_id": 0}
-# A key whose groups are mixed and alike in turn.
+# A key that gives groups with different rewards and groups with equal rewards alternately.
 KEY = jax.random.key(1)
 ITEMS = [{"body": str(number), "answer": ""} for number in range(8)]
 
 
 @pytest.fixture(scope="module")
 def model(make_bigram):
-    """With caches of nothing: any choice of rows of them is nothing too."""
+    """With empty caches, so that any selection of rows is empty, too."""
     bigram = make_bigram(16)
     return bigram._replace(
         take_rows=lambda cache, rows, extra_slots: cache, replace_row=lambda cache, slot, source, row: cache
@@ -48,7 +48,7 @@ def model(make_bigram):
 
 @pytest.fixture(scope="module")
 def params(model):
-    # Nearly all tokens are alike likely.
+    # Nearly all tokens have the same probability.
     return jax.tree.map(lambda x: 0.1 * x, model.init(jax.random.key(1)))
 
 
@@ -60,12 +60,12 @@ def make_prompts(count, **fields):
 
 
 def even(tokens):
-    """1 where the first token is even."""
+    """1 if the first token is even."""
     return (tokens[:, 0] % 2 == 0).astype(jnp.float32)
 
 
 def even_on_the_host(completions, items):
-    # The items must be those of the rows: their number is the prompt's.
+    # The items must belong to the rows: they have the number of the prompt.
     assert all(item["body"].isdigit() for item in items)
     return [float(int(text[0], 16) % 2 == 0) for text in completions]
 
@@ -82,7 +82,7 @@ def composed(model, plan, samples=2, rewards=(even,), rollout=None, **changes):
 
 
 def drawn(model, params, key, prompts, samples, step=0, temperature=1.0, **options):
-    """Samples of all prompts, which no plan can change."""
+    """Samples of all prompts, on which plans have no influence."""
     address = jax.random.fold_in(key, KeyUse.ROLLOUT)
     run = jax.jit(
         lambda params: generate(
@@ -260,7 +260,7 @@ def test_samples_go_to_the_prompts_of_largest_priority(model, params, rounds, re
         assert state.memory["rollout:plan"] == 2
 
 
-# ---- starts that are given ------------------------------------------------------------------------------------------
+# ---- given prefixes ------------------------------------------------------------------------------------------
 
 TEXTS = ("ab", "c")
 
@@ -274,7 +274,7 @@ def started(samples=4):
 
 
 def starts(prompts, samples=4, last=0):
-    """What `started` begins each row with, and the last start again where there is one more row."""
+    """The prefix of each row by `started`; a further row repeats the last prefix."""
     of_row = [TEXTS[number // (samples // 2)] for number in range(samples)] + [TEXTS[-1]] * last
     ids = [encode(text) for text in of_row] * prompts
     tokens = jnp.asarray([(*one, 0)[:2] for one in ids], jnp.int32)
@@ -422,7 +422,7 @@ TALK = Environment(lambda start, key: jnp.int32(0), turn, 2, 1, 1, (3,))
 
 
 def talks(model, params, prompts, samples):
-    """Conversations about all prompts, which no plan can change."""
+    """Conversations of all prompts, on which plans have no influence."""
     run = partial(generate_turns, model, samples_per_prompt=samples, **SIZES)
     return jax.device_get(jax.jit(lambda params: run(params, prompts, KEY, 0, TALK))(params))
 
@@ -459,7 +459,7 @@ def test_prompts_are_talked_about_until_they_have_enough_of_both_kinds(model, pa
     np.testing.assert_allclose(rows["pool_mean"][::2], [right[n, :c].mean() for n, c in enumerate(mixed)], rtol=1e-6)
 
 
-# ---- prompts that come several times --------------------------------------------------------------------------------
+# ---- repeated prompts --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -491,7 +491,7 @@ def test_copies_of_a_prompt_get_samples_of_their_own(model, params, plan):
 
 
 def test_a_selection_learns_of_a_step_two_steps_later(model, params):
-    """It chooses by how many rows it has seen; the choices of two steps wait."""
+    """A selection by the number of rows so far, with a queue of two steps."""
     selection = Selection(
         init=lambda: {"rows": jnp.int32(0), "last": jnp.int32(-1)},
         choose=lambda memory, key, count: (memory["rows"] // 4 + jnp.arange(count)) % 8,

@@ -1,4 +1,4 @@
-"""The environments of the tasks: their cards' examples, and that the program says what the Python reference says."""
+"""The environments of the tasks: examples of their cards, and agreement of the program with the Python reference."""
 
 from __future__ import annotations
 
@@ -47,9 +47,9 @@ def begun(environment, prompts):
 
 
 def played(environment, items, turns):
-    """Observations of each turn as text, one list an item, and the episodes at the end; `turns[row]` are texts."""
+    """Observations of each turn as text, one list per item, and the final episodes; `turns[row]` are texts."""
     count, rows = len(items), max(32, len(items))
-    # Always as many rows, so that an environment is compiled once; those that fill up never take a turn.
+    # A fixed number of rows, so that an environment is compiled once; padding rows never take a turn.
     filled = [*[record(item, number) for number, item in enumerate(items)]]
     filled += [record(items[0], number) for number in range(count, rows)]
     episodes = begun(environment, prompts_of(filled))
@@ -139,7 +139,7 @@ def test_the_grid_in_the_program_is_the_grid_in_python(size, view):
 
 
 def agree(environment, items, turns, reset, turn):
-    """Both forms of an environment make the same of the same turns."""
+    """Both forms of an environment give the same results for the same turns."""
     records = [record(item, number) for number, item in enumerate(items)]
     seen, episodes = played(environment, items, turns)
     for row, texts in enumerate(turns):
@@ -252,7 +252,7 @@ def test_the_calculator_in_the_program_is_the_calculator_in_python(probability):
     items = [item for level in (1, 2, 3) for item in task.generate(level=level, count=10)]
     rng = random.Random(1)
     turns = [[random_tool_turn(rng) for _ in range(6)] for _ in items]
-    # Calls that are repeated meet the memory of faults.
+    # Repeated calls test the memory of faults.
     turns[::2] = [[text for text in texts[:3] for _ in range(2)] for texts in turns[::2]]
     environment = task_environment(task, error_penalty=0.05)
     reset = partial(calculator.episode, fault_probability=probability)
@@ -310,9 +310,9 @@ def says(text):
 
 
 def test_a_bargain_by_hand():
-    item = bargaining.item((2, 1), (4, 2), (1, 3))  # the pool is worth 10 to oneself, 5 to the partner
+    item = bargaining.item((2, 1), (4, 2), (1, 3))  # the pool's value is 10 for the policy, 5 for the partner
     assert (item.body, item.answer) == ("D:21/42", "21/42/13")
-    # It wants 4 of 5, then 3.5, then 3: one of each kind is the nearest to nothing; at last the second kind is enough.
+    # It demands 4 of 5, then 3.5, then 3: one of each kind is nearest to nothing; finally the second kind is enough.
     turns = [
         [says("21"), says("20"), says("20")],
         [says("21"), says(" y ")],
@@ -326,7 +326,7 @@ def test_a_bargain_by_hand():
         episodes.turn_rewards[:, :3], [[0, 0, 0.8], [0, 0.4, 0], [0] * 3, [0] * 3, [0] * 3], atol=1e-6
     )
     assert episodes.stop.tolist() == [StopReason.ENVIRONMENT] * 3 + [StopReason.RUNNING, StopReason.ANSWER]
-    # The partner thinks of offers of its own, and only then.
+    # The partner makes a counter-offer only here.
     assert episodes.durations[:, :3].tolist() == [[5, 5, 1], [5, 1, 0], [1, 0, 0], [1, 1, 0], [5, 0, 0]]
 
 

@@ -1,4 +1,4 @@
-"""Whole runs: what they leave behind, that killing one changes no number, and how they refuse and fail."""
+"""Whole runs: their output, bit-identical numbers after a kill, and refused and failing runs."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from jaxrl_llm.run.digests import text_digest
 from jaxrl_llm.run.integrity import latest_checkpoint
 from jaxrl_llm.run.stages import spread
 
-# The tests read checkpoints without the shardings that they were written with.
+# The tests read checkpoints without their original shardings.
 pytestmark = pytest.mark.filterwarnings("ignore:Sharding info not provided")
 
 WARM, STEPS = 10, 8
@@ -44,14 +44,14 @@ def records(directory, name="metrics.jsonl"):
 
 
 def stored_state(directory: Path, step: int):
-    """All arrays of a checkpoint, without the code that knows what they are."""
+    """All arrays of a checkpoint, read without the code of the package."""
     with ocp.PyTreeCheckpointer() as reader:
         state = reader.restore(directory / "checkpoints" / str(step) / "state")
     state["key"] = jax.random.key_data(state["key"])
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
 
 
-# ---- what a run leaves behind ---------------------------------------------------------------------------------------
+# ---- the output of a run --------------------------------------------------------------------------------------------
 
 
 def test_the_config_is_written_as_it_was_used(finished_run, micro_yaml):
@@ -73,7 +73,7 @@ def test_metrics_are_one_line_a_step_of_finite_numbers(finished_run):
 def test_what_one_looks_for_in_the_metrics_is_there(finished_run):
     lines = read_records(finished_run.directory / "metrics.jsonl")
     for line in lines[WARM:]:
-        # Right answers weigh twice as much as their form.
+        # Right answers have twice the weight of the format.
         assert line["reward"] == pytest.approx(line["reward/answer_format"] + 2 * line["reward/exact_answer"], abs=1e-6)
         assert line["reward/exact_answer_applies"] == 1
         assert line["reward/exact_answer_std"] >= 0
@@ -173,7 +173,7 @@ def killed_after(step: int, *arguments: str):
 
 @pytest.fixture(scope="module")
 def interrupted_run(finished_run, micro_yaml, tmp_path_factory):
-    """The same run as a kill would leave it, its newest checkpoint damaged, resumed with two steps more.
+    """The same run as after a kill, with its newest checkpoint damaged, resumed with two more steps.
 
     What a kill leaves is what is on the disk: a copy of it, made while a checkpoint may be under way. The run itself is
     stopped by SIGTERM at the same step.
@@ -184,7 +184,7 @@ def interrupted_run(finished_run, micro_yaml, tmp_path_factory):
     def write_copy_and_ask(self, step, metrics):
         write(self, step, metrics)
         if step == at:
-            with contextlib.suppress(shutil.Error):  # of files that a thread takes away meanwhile
+            with contextlib.suppress(shutil.Error):  # of files that a thread removes meanwhile
                 shutil.copytree(self.path, directory)
             os.kill(os.getpid(), signal.SIGTERM)
 
@@ -207,12 +207,12 @@ def interrupted_run(finished_run, micro_yaml, tmp_path_factory):
 @pytest.mark.fault("signals", "SIGTERM", "the run ends after its step with status 143, its state saved")
 def test_a_terminated_run_stops(interrupted_run):
     ended = interrupted_run.stopped
-    assert ended.status == 143, ended.err  # as shells say that SIGTERM ended a process
+    assert ended.status == 143, ended.err  # the status of a process that SIGTERM ended
     assert "stopping after this step" in ended.out
     stopped = re.search(r"stopped at step (\d+); go on with: jaxrl train --resume (\S+)", ended.err)
     assert stopped is not None, ended.err
     assert stopped[2] == str(ended.directory)
-    # Metrics are read one step late, and the step that runs is finished.
+    # Metrics are read one step late, and the current step is finished.
     assert ended.at <= int(stopped[1]) <= ended.at + 2
     assert len(records(ended.directory)) == int(stopped[1])
 
@@ -290,7 +290,7 @@ def test_steps_may_be_added_to_a_run(interrupted_run):
 
 
 def refused(capsys, *arguments: str, status: int = 2) -> str:
-    """What `jaxrl` says when it refuses its input (2), or fails on the way (1)."""
+    """The message of `jaxrl` if it refuses its input (2), or fails during the run (1)."""
     assert cli.main(arguments) == status
     said = capsys.readouterr().err
     assert said.startswith("error: ")
@@ -333,9 +333,9 @@ def test_hyper_parameters_that_cannot_work_are_found_before_anything_is_made(mic
     assert not (tmp_path / "run").exists()
 
 
-# ---- failing on the way ---------------------------------------------------------------------------------------------
+# ---- failing during the run -----------------------------------------------------------------------------------------
 
-# It is called in a process of its own: what it counts lies in a file.
+# It is called in a separate process, so it counts in a file.
 JUDGING = """
 from pathlib import Path
 
@@ -354,12 +354,12 @@ def judge(completions):
 def test_a_reward_that_fails_costs_no_step(micro_yaml, tmp_path, monkeypatch, capsys):
     (tmp_path / "judging.py").write_text(JUDGING)
     calls = tmp_path / "calls"
-    calls.write_text("0 3")  # once before anything is compiled
+    calls.write_text("0 3")  # once before compilation
     monkeypatch.syspath_prepend(tmp_path)
     directory = tmp_path / "run"
     changes = ["rewards=[{python: 'judging:judge'}]", "warm_start.steps=0", "losses=[clipped_surrogate]"]
 
-    # The third step fails, the fourth call, while the checkpoint before it is on its way to the disk.
+    # The third step fails (the fourth call), while the checkpoint before it is being written.
     said = refused(capsys, "train", str(micro_yaml), f"run_dir={directory}", *changes, status=1)
     assert "reward 'judge' raised LookupError: no such case at row 0 (completion '" in said
     assert "The state before step 3 is saved: mend the function and run jaxrl train --resume" in said

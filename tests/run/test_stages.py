@@ -85,6 +85,10 @@ def judged(judge_scores):
     return judge_scores
 
 
+def guided(guide_logprobs, mask):
+    return (guide_logprobs * mask).sum(1)
+
+
 def preferred_likelihood(logprobs, preferred, written_mask):
     chosen = written_mask * (preferred > 0)[:, None]
     return Loss(-(logprobs * chosen).sum(), chosen.sum())
@@ -93,7 +97,7 @@ def preferred_likelihood(logprobs, preferred, written_mask):
 @pytest.fixture(scope="module")
 def my_methods():
     with pytest.MonkeyPatch.context() as patch:
-        functions = {f.__name__: f for f in (pairwise, judged, preferred_likelihood)}
+        functions = {f.__name__: f for f in (pairwise, judged, guided, preferred_likelihood)}
         patch.setitem(sys.modules, "my_methods", SimpleNamespace(**functions))
         yield
 
@@ -110,12 +114,20 @@ def config(data_directory, tmp_path_factory, my_methods):
     model = {
         "name": "reward model",
         "source": {"pairs": {"file": pairs(root / "pairs.jsonl"), "groups_per_step": 2}},
-        "losses": [{"python": "my_methods:pairwise"}],
+        "losses": [
+            {"python": "my_methods:pairwise"},
+            {"preferred_likelihood": {"reads": {"logprobs": "guide_logprobs"}}},
+        ],
+        "networks": {"guide": {"learns": True, "learning_rate": 0.05}},
     }
     rl = {
         "name": "rl",
         "rewards": [{"python": "my_methods:judged"}, "exact_answer"],
-        "credit": [{"advantages": {"running_mean_baseline": {"decay": 0.5}}}],
+        "credit": [
+            {"advantages": {"running_mean_baseline": {"decay": 0.5}}},
+            {"metric/guided": {"python": "my_methods:guided"}},
+        ],
+        "networks": {"guide": {"learns": False}},
         "losses": ["clipped_surrogate"],
         "data": {"selection": {"bandit": {"temperature": 0.5}}},
     }
@@ -162,12 +174,15 @@ def test_each_stage_goes_on_from_the_one_before(whole):
     # Where a stage never changes it, it lies beside the checkpoints, which name its digest.
     digests = {step: checkpoints.read_digests(whole / "checkpoints", step) or {} for step in (0, 3, 6, 9)}
     judge = [name for name in digests[9] if "judge" in name and "params" in name]
+    guide = [name for name in digests[9] if "guide" in name and "params" in name]
     policy = [name for name in states[9] if "'policy'" in name and "'params'" in name]
     assert judge
+    assert guide
     assert policy
-    for name in judge:  # learned in the first stage, carried through the second, and read by the third
+    for name in judge + guide:  # learned in the first stage, carried through the second, and read by the third
         assert digests[3][name] == digests[6][name] == digests[9][name]
-    assert any(digests[0][name] != digests[3][name] for name in judge)
+    for names in (judge, guide):
+        assert any(digests[0][name] != digests[3][name] for name in names)
     for name in policy:  # which only the other stages move
         np.testing.assert_array_equal(states[0][name], states[3][name])
     assert all((states[3][name] != states[6][name]).any() for name in policy)

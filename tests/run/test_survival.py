@@ -1,9 +1,10 @@
-"""Runs that meet what is no clean kill: damage, lost records, two owners, closed output, signals, disks."""
+"""Runs under other failures than a kill: damage, lost records, two owners, closed output, signals, disks."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import gc
 import io
 import json
 import os
@@ -92,7 +93,7 @@ def test_records_are_not_erased_where_checkpoints_are_gone(copied, capsys):
     shutil.rmtree(copied / "checkpoints")
     before = (copied / "metrics.jsonl").read_bytes()
     said = refused(capsys, "train", "--resume", str(copied))
-    (copied / "checkpoints").mkdir()  # an empty one says the same
+    (copied / "checkpoints").mkdir()  # an empty directory has the same result
     with pytest.raises(checkpoints.CheckpointError, match="but no checkpoint in checkpoints/"):
         resume_step(config_of(copied), exact=False, first_saved=True, say=print)
     assert f"has records up to step {STEPS}, but no checkpoint in checkpoints/" in said
@@ -146,7 +147,7 @@ def test_a_run_that_goes_on_is_not_started_twice(copied, other_owner, capsys):
     assert "running since 2" in said
     other_owner.kill()
     other_owner.wait()
-    with ownership.owned(copied):  # the lock went with its process, and nobody is waited for
+    with ownership.owned(copied):  # the lock ended with its process, so there is no wait
         assert json.loads((copied / ownership.FILE).read_text())["pid"] == os.getpid()
     assert (copied / ownership.FILE).read_text() == ""
 
@@ -173,7 +174,7 @@ def test_without_locks_a_heartbeat_says_who_lives(copied, other_owner, monkeypat
 # ---- signals --------------------------------------------------------------------------------------------------------
 
 
-# Of a run that ends in its first steps: no other program is compiled.
+# For a run that ends in its first steps, so that no other program is compiled.
 EARLY = ["warm_start.steps=4", "warm_start.probe_every_steps=0", "checkpoints.every_steps=1"]
 # A run of four steps without a warm start.
 SHORT = ["warm_start.steps=0", "training.steps=4", "evaluation.problems=2", "evaluation.every_steps=0"]
@@ -181,7 +182,7 @@ SHORT += ["losses=[clipped_surrogate]", "checkpoints.every_steps=1"]
 
 
 def signalled(numbers: list[int], *arguments: str, at: int = 2) -> tuple[int, str, str]:
-    """`jaxrl` in this process; when the metrics of a step are written, signals come, one after the other."""
+    """`jaxrl` in this process; signals are sent one after another when the metrics of a step are written."""
 
     def write_and_ask(self, step, metrics):
         write(self, step, metrics)
@@ -256,7 +257,7 @@ def test_ctrl_c_before_the_steps_is_one_line(finished_run, micro_yaml, tmp_path,
         "export": [str(finished_run.directory), str(tmp_path / "out")],
         "train": [str(micro_yaml), f"run_dir={tmp_path / 'run'}"],
     }[command]
-    monkeypatch.setattr("jaxrl_llm.run.setup.make_train_step", interrupted)  # which all of them need first
+    monkeypatch.setattr("jaxrl_llm.run.setup.make_train_step", interrupted)  # which all of them call first
     assert cli.main([command, *words]) == 130
     said = capsys.readouterr().err.strip()
     assert "\n" not in said
@@ -269,7 +270,7 @@ class Ended(Exception):
 
 @pytest.fixture
 def ends(monkeypatch, tmp_path):
-    """An interruption whose thread ends the process in name only."""
+    """An interruption whose thread only records that it would end the process."""
     seen: list[tuple[int, str]] = []
     done = threading.Event()
 
@@ -309,14 +310,14 @@ def test_a_step_that_would_outlast_half_of_the_grace_period_is_given_up(tmp_path
     for grace, given_up in ((None, False), (1000.0, False), (10.0, True)):
         interruption = Interruption(tmp_path, lambda text: None, lambda: 40, grace=grace)
         interruption._steps, interruption._mark = [60.0] * 3, time.monotonic()
-        interruption.give_up_the_step()  # nobody has asked
+        interruption.give_up_the_step()  # no signal was sent
         interruption.handle(signal.SIGTERM, None)
         with pytest.raises(Abandoned) if given_up else contextlib.nullcontext():
             interruption.give_up_the_step()
 
 
 def test_a_step_of_several_programs_is_given_up_between_them_and_keeps_its_state(make_bigram):
-    """Until the last program, which the state is given to, nothing is lost."""
+    """The state is kept until the last program, to which it is donated."""
     rows, calls = Rollout(samples_per_prompt=2, max_completion_tokens=2, eos_ids=(), pad_id=0), []
     step = make_train_step(
         make_bigram(6),
@@ -402,7 +403,7 @@ def ending(completions):
 
 @pytest.fixture
 def ending(tmp_path, monkeypatch):
-    """(what happens in the third step's call of a reward) -> overrides of a run with that reward."""
+    """(behaviour of a reward in the third step) -> overrides of a run with that reward."""
 
     def written(what: str) -> list[str]:
         name = f"ending_{abs(hash(what))}"
@@ -486,10 +487,37 @@ def test_a_closed_pipe_has_a_status_of_its_own(monkeypatch):
     read, write = os.pipe()
     os.close(read)
     replaced: list[int] = []
-    monkeypatch.setattr(os, "dup2", lambda old, new: replaced.append(new))  # the output of the tests stays
+    monkeypatch.setattr(os, "dup2", lambda old, new: replaced.append(new))  # keeps the output of the tests
     with contextlib.suppress(BrokenPipeError), open(write, "w") as closed, contextlib.redirect_stdout(closed):
         assert cli.main(["tasks", "--json"]) == 141
     assert replaced == [1]
+
+
+def test_a_closed_pipe_behind_rich_has_the_same_status(monkeypatch):
+    def show(options):
+        try:
+            raise BrokenPipeError
+        except BrokenPipeError:
+            raise SystemExit(1)  # noqa: B904 (as rich's console does)
+
+    monkeypatch.setattr(os, "dup2", lambda old, new: None)
+    monkeypatch.setattr("jaxrl_llm.commands.inventory.show_tasks", show)
+    assert cli.main(["tasks"]) == 141
+
+
+def test_ctrl_c_in_a_callback_of_the_garbage_collector_is_not_lost(monkeypatch, capsys):
+    def show(options):
+        def collected(phase, info):
+            gc.callbacks.remove(collected)
+            raise KeyboardInterrupt
+
+        gc.callbacks.append(collected)
+        gc.collect()
+        time.sleep(5)
+
+    monkeypatch.setattr("jaxrl_llm.commands.inventory.show_tasks", show)
+    assert cli.main(["tasks"]) == 130
+    assert capsys.readouterr().err == "\ninterrupted\n"
 
 
 @pytest.mark.slow
@@ -578,7 +606,7 @@ def test_a_run_directory_that_is_gone_is_one_sentence(micro_yaml, tmp_path, monk
     write = RunDirectory.write_metrics
     monkeypatch.setattr(RunDirectory, "write_metrics", write_and_lose)
     said = refused(capsys, "train", str(micro_yaml), f"run_dir={run}", *EARLY, status=1)
-    assert f"run {run} cannot be written: {run}" in said  # its records, or a checkpoint on its way to the disk
+    assert f"run {run} cannot be written: {run}" in said  # its records, or a checkpoint that is being written
     assert f"it was moved or deleted; put it back, and go on with: jaxrl train --resume {run}" in said
 
 
@@ -616,7 +644,7 @@ def test_a_disk_of_something_else_is_not_that_of_the_run(tmp_path):
 
 
 class JaxRuntimeError(RuntimeError):
-    """As jax's own is called."""
+    """With the signature of jax's function."""
 
 
 @pytest.mark.fault(
@@ -732,7 +760,7 @@ def test_updates_that_are_not_finite_are_skipped_and_too_many_end_the_run(breaki
         pytest.param(
             True,
             marks=[
-                pytest.mark.slow,  # tests/run/test_optimizers.py has the fast form
+                pytest.mark.slow,  # tests/run/test_optimizers.py has a fast test
                 pytest.mark.fault(
                     "numbers", "a gradient that is not finite", "the update is skipped, counted, and changes nothing"
                 ),
@@ -766,7 +794,7 @@ def test_what_is_no_failed_batch_is_refused(tmp_path, capsys, content):
     assert "give a file of RUN/failed" in refused(capsys, "replay", str(file))
 
 
-# metrics of steps -> what is said, and in which step.
+# metrics of steps -> message, and its step.
 RUNS = {
     "divergence": ([{"kl_reference_per_token": 0.1}] * 10 + [{"kl_reference_per_token": 2.0}] * 10, "far from its", 13),
     "entropy": ([{"entropy_per_token": 1.0}] * 10 + [{"entropy_per_token": 0.01}] * 20, "entropy has collapsed", 20),

@@ -1,4 +1,4 @@
-"""Recipes that read a file or a checkpoint, or that have several stages, at micro size; files are made here."""
+"""Recipes with a file, a checkpoint or several stages, at micro size."""
 
 from __future__ import annotations
 
@@ -17,8 +17,11 @@ import pytest
 from rich.console import Console
 
 from jaxrl_llm.cli import main
-from jaxrl_llm.config import Config, parse_config, read_tree
+from jaxrl_llm.commands.scored_pairs import reference_lines
+from jaxrl_llm.config import Config, NetworkConfig, parse_config, read_tree
 from jaxrl_llm.data import CharacterTokenizer, tasks
+from jaxrl_llm.data.row_files import row_objects
+from jaxrl_llm.data.written import judged_groups
 from jaxrl_llm.models.decoder import transformer
 from jaxrl_llm.models.export import save_model
 from jaxrl_llm.models.transformer_config import TransformerConfig
@@ -70,7 +73,7 @@ def files(tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture
 def micro(files, data_directory):
-    """A recipe for a micro model that reads its file, if it reads one."""
+    """A recipe for a micro model, with its file if it needs one."""
 
     def make(name: str, kind: str | None, *overrides: str) -> Config:
         tree = read_tree(recipe_path(name)) | MICRO | {"data": {"directory": data_directory}}
@@ -86,7 +89,7 @@ def micro(files, data_directory):
 
 
 def whole_run(config: Config, directory: Path) -> dict[str, list[dict[str, Any]]]:
-    """What a run from its first stage to its last reports, by stage."""
+    """Metrics of a whole run, by stage."""
     train(replace(config, run_dir=str(directory)), console=Console(file=io.StringIO()))
     by_stage: dict[str, list[dict[str, Any]]] = {}
     for line in (directory / "metrics.jsonl").read_text().splitlines():
@@ -95,7 +98,7 @@ def whole_run(config: Config, directory: Path) -> dict[str, list[dict[str, Any]]
 
 
 def learned(config: Config, steps: int) -> list[dict[str, float]]:
-    """What some steps report."""
+    """Metrics of some steps."""
     built = parts(config)
     rows = written_of(built, data_sets(config))
     assert rows is not None
@@ -113,6 +116,33 @@ def test_dpo_learns_from_a_file_of_pairs(micro):
     assert seen[-1]["loss/dpo"] < seen[0]["loss/dpo"] - 0.02
     assert seen[-1]["margin/dpo"] > 0 == seen[0]["margin/dpo"]
     assert seen[-1]["preferred_share/dpo"] > 0.6
+
+
+def test_dpo_with_the_reference_of_its_file_is_dpo_without_a_reference(micro, files, tmp_path):
+    config = micro("dpo", "pairs")
+    built = parts(config)
+    params = built.step.init(jax.random.key(0)).params
+    records, groups = row_objects(files["pairs"], "pairs")[0], judged_groups(files["pairs"], "pairs").groups
+    told = reference_lines(built.model, params, built.tokenizer, records, groups, 5)
+    (tmp_path / "scored.jsonl").write_text("".join(json.dumps(line) + "\n" for line in told))
+    stored = replace(config, source=({"pairs": {"file": str(tmp_path / "scored.jsonl"), "groups_per_step": 8}},))
+    assert not parts(stored).step.composition.networks
+    assert "reference" in built.step.composition.networks
+    wanted, found = learned(config, 3), learned(stored, 3)
+    for one, other in zip(wanted, found, strict=True):
+        np.testing.assert_allclose(other["loss/dpo"], one["loss/dpo"], rtol=1e-6)
+    moving = replace(stored, networks={"reference": NetworkConfig(copy_every=2)})
+    with pytest.raises(ValueError, match=r"networks.reference follows the policy, but the rows of the source have"):
+        parts(moving)
+    for change, message in (
+        ({"reference_tokens": [1, 2]}, "line 1 has reference_logprobs of other tokens"),
+        ({"reference_logprobs": [[0.0]]}, "there must be 2 of each, as jaxrl pairs --reference writes them"),
+        ({"reference_logprobs": None}, "has reference_logprobs in some rows only"),
+    ):
+        lines = [{**told[0], **change}, *told[1:]]
+        (tmp_path / "scored.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        with pytest.raises(ValueError, match=message):
+            parts(stored)
 
 
 @pytest.mark.slow
@@ -171,7 +201,7 @@ def test_three_reward_models_learn_and_the_policy_from_what_they_agree_on(micro,
     for name in ("first", "second", "third"):
         assert seen["reward models"][-1][f"loss/{name}_pairs"] < seen["reward models"][0][f"loss/{name}_pairs"]
     for step in seen["reinforcement"]:
-        assert len({step[f"reward/{name}"] for name in ("one", "two", "three")}) == 3  # each has a head of its own
+        assert len({step[f"reward/{name}"] for name in ("one", "two", "three")}) == 3  # each has its own head
         assert step["gradient_norm"] > 0
 
 
@@ -198,7 +228,7 @@ def test_a_process_reward_model_learns_from_continuations_that_nobody_labelled(m
     networks = {"process": replace(config.networks["process"], learning_rate=0.005)}
     seen = whole_run(replace(config, stages=(model, policy), networks=networks), tmp_path / "run")
     scored = [one["loss/step_label_likelihood"] for one in seen["process reward model"]]
-    assert np.mean(scored[-4:]) < scored[0] - 0.1  # nearly all fails at the start, which is soon known
+    assert np.mean(scored[-4:]) < scored[0] - 0.1  # nearly all samples fail at the start, which is soon predicted
     for step in seen["process reward model"]:
         assert step["continued_tokens"] >= 0
         assert "gradient_norm" not in step  # the policy waits
@@ -223,7 +253,7 @@ def test_a_curriculum_goes_from_all_problems_to_the_hardest_to_reinforcement(dat
     broad, hard, reinforced = ([one[index] for index in range(len(one))] for one in sets)
     assert ({item["level"] for item in broad}, {item["level"] for item in hard}) == ({2, 3, 4}, {4})
     assert (len(broad), len(hard), len(reinforced)) == (64, 16, 64)
-    # The hard problems are among those that came before.
+    # The hard problems are a subset of the earlier ones.
     assert {item["body"] for item in hard} <= {item["body"] for item in broad}
     seen = whole_run(config, tmp_path / "run")
     assert {name: len(steps) for name, steps in seen.items()} == {
@@ -233,13 +263,13 @@ def test_a_curriculum_goes_from_all_problems_to_the_hardest_to_reinforcement(dat
     }
     name = "loss/negative_log_likelihood"
     assert seen["supervised on the hardest"][-1][name] < seen["supervised on all"][0][name] - 0.5
-    # Nothing is right yet, and wrong answers lose by being long.
+    # No answer is right yet, and long wrong answers are penalised.
     assert all(step["reward"] <= 0 for step in seen["reinforcement"])
 
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory) -> Path:
-    """A checkpoint of a larger model that is sure of what it says."""
+    """A checkpoint of a larger model with low entropy."""
     config = TransformerConfig(
         vocabulary_size=CharacterTokenizer().vocabulary_size, width=24, layers=2, heads=3, kv_heads=1, rope_base=10.0
     )
@@ -320,12 +350,12 @@ def test_the_pairs_of_a_file_are_ordered_by_the_reward_model_of_a_run(micro, fil
     assert main(command) == 0
     rows = json.loads(capsys.readouterr().out)
     assert [(row["source"], row["pairs"]) for row in rows] == [("all", 32), ("part 0", 16), ("part 1", 16)]
-    assert rows[0]["accuracy"] > 0.6  # of pairs that it has learned from
+    assert rows[0]["accuracy"] > 0.6  # on training pairs
     np.testing.assert_allclose(rows[0]["accuracy"], (rows[1]["accuracy"] + rows[2]["accuracy"]) / 2)
 
 
 def sums(data_directory: str, name: str, *overrides: str, **more: Any) -> Config:
-    """A recipe for a micro model that has learned to answer some sums."""
+    """A recipe for a micro model that can answer some sums."""
     tree = read_tree(recipe_path(name)) | MICRO | {"data": {"directory": data_directory}} | more
     tree["rollout"] |= {"samples_per_prompt": 4, "max_prompt_tokens": 7, "max_completion_tokens": 6}
     tree["training"] |= {"prompts_per_step": 8, "learning_rate": 0.003, "warmup_steps": 0, "steps": 3}
@@ -342,7 +372,7 @@ def test_a_copy_of_the_policy_learns_to_write_verdicts_and_the_policy_from_them(
     networks = {"critic": replace(config.networks["critic"], learning_rate=0.02)}
     seen = whole_run(replace(config, stages=(judge, policy), networks=networks), tmp_path / "run")
     losses = [one["loss/negative_log_likelihood"] for one in seen["judge"]]
-    assert np.mean(losses[-5:]) < 1.2 < losses[0] - 1  # a token of answer and verdict
+    assert np.mean(losses[-5:]) < 1.2 < losses[0] - 1  # per token of answer and verdict
     assert "gradient_norm" not in seen["judge"][-1]  # the policy waits
     for step in seen["reinforcement"]:
         assert 0 <= step["reward/judge_rating"] <= 1

@@ -1,4 +1,4 @@
-"""Programs that a model wrote: verdicts, and hostile ones that are contained while the host is as it was."""
+"""Programs of a model: verdicts, and hostile programs, which must not change the host."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from jaxrl_llm.sandbox import Limits, Program, SandboxError, facilities, missing
 from jaxrl_llm.sandbox.isolation import FOLDER
 
 SMALL = Limits(seconds=2.0, memory_bytes=256 << 20, processes=8)
-# Each way to be isolated that this machine can show; every one has to contain all of them.
+# All kinds of isolation that this machine supports; each must contain all hostile programs.
 WAYS = {
     "everything": frozenset(),
     "landlock and seccomp": frozenset({"namespaces", "user"}),
@@ -31,13 +31,13 @@ def isolated(without=frozenset()):
     return not missing(facilities() - without)
 
 
-if not isolated():  # what the suite is about cannot be shown here
+if not isolated():  # isolation is not supported here
     pytestmark = pytest.mark.skip(reason="this system isolates no code")
 
 
 def ran(source, *, limits=SMALL, without=frozenset(), **how):
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # of what is left out on purpose
+        warnings.simplefilter("ignore", RuntimeWarning)  # of features that are disabled on purpose
         (outcome,) = run_programs([Program(source, **how)], limits=limits, without=without)
     assert outcome is not None
     return outcome
@@ -119,9 +119,9 @@ def test_the_environment_with_a_tool_answers_code_by_what_it_prints(monkeypatch)
 
 # ---- hostile programs -----------------------------------------------------------------------------------------------
 
-LATE = ("error", "timeout")  # of what takes a busy machine too long
+LATE = ("error", "timeout")  # a timeout is possible on a busy machine
 HOSTILE = {
-    # what the machine has
+    # resources of the machine
     "loop that catches all": (
         "while True:\n    try:\n        while True: pass\n    except BaseException: pass",
         "timeout",
@@ -166,7 +166,7 @@ HOSTILE = {
         "forbidden",
     ),
     "a big number": ("print(len(str(9 ** 9 ** 9)))", "timeout"),
-    # others' property
+    # files of others
     "home": ("import os; print(open(os.path.expanduser('{home}/secret')).read())", "forbidden"),
     "the folder it was started from": ("print(open('{cwd}/pyproject.toml').read())", ("forbidden", "error")),
     "passwords": ("print(open('/etc/shadow').read())", "forbidden"),
@@ -211,7 +211,7 @@ FAST = {
     "new namespaces",
     "many files",
 }
-# What only a filter of system calls makes forbidden: without one they fail, or change nothing outside.
+# Forbidden only by a filter of system calls; without one they fail or have no effect outside.
 BY_FILTER = {
     "memory of no process": ("error", "timeout"),
     "a socket": ("error",),
@@ -229,8 +229,8 @@ BY_FILTER = {
 
 @pytest.fixture(scope="module")
 def host():
-    """A home with a secret, a port that somebody listens to, and what to compare afterwards."""
-    home = Path(tempfile.mkdtemp(dir="/var/tmp"))  # programs have a /tmp of their own
+    """A home with a secret, an open port, and the state to compare afterwards."""
+    home = Path(tempfile.mkdtemp(dir="/var/tmp"))  # programs have their own /tmp
     (home / "secret").write_text("xyzzy-" * 3)
     heard = []
     with socket.socket() as server:
@@ -265,7 +265,7 @@ def attacked(source, host, **how):
     assert [path.name for path in host["home"].iterdir()] == ["secret"]
     assert (host["home"] / "secret").read_text() == "xyzzy-" * 3
     assert not Path("/etc/owned").exists()
-    deadline = time.monotonic() + 5  # the kernel takes processes down in its own time
+    deadline = time.monotonic() + 5  # the kernel ends processes asynchronously
     while len(psutil.Process().children(recursive=True)) > children and time.monotonic() < deadline:
         time.sleep(0.02)
     assert len(psutil.Process().children(recursive=True)) <= children
@@ -297,7 +297,7 @@ def test_hostile_programs_are_contained_by_part_of_what_there_is(name, way, host
     assert outcome.verdict in expected, outcome
 
 
-# On a machine that others use: one that ends even where the sandbox fails.
+# For a shared machine: a program that ends even if the sandbox fails.
 FORKS = """
 import os, time
 for _ in range(300):
@@ -320,7 +320,7 @@ def test_a_fork_bomb_is_bounded_and_gone_afterwards(way, host):
     outcome = attacked(FORKS, host, limits=limits, without=WAYS[way])
     most.done = True
     assert outcome.verdict == "timeout"
-    assert most.found <= limits.processes + 8  # with those that wait for programs
+    assert most.found <= limits.processes + 8  # including the supervising processes
 
 
 class Most:

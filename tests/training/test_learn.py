@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 
+from jaxrl_llm import losses
 from jaxrl_llm.losses import Aggregation, clipped_surrogate, entropy_bonus
 from jaxrl_llm.rows import Written, minibatch_rows
 from jaxrl_llm.training import LossTerm, Rollout, Update
@@ -29,6 +30,13 @@ def composed(model, losses, update, *, samples=2, written=None):
     return composition_of(model, optax.sgd(0.1), sources, [], [], losses, update, None)
 
 
+def contrasted(logprobs, mask, weight, candidates):
+    """What a row is against all rows of its batch, which a part of the batch sees too."""
+    said = (logprobs * mask).sum(1)
+    gap = jnp.square(said[:, None] - candidates[None, :])
+    return losses.Loss((weight[:, None] * gap).sum(), weight.sum())
+
+
 @pytest.fixture(scope="module")
 def credited(rows):
     """Rows with advantages, one of them absent and one that counts in part."""
@@ -36,6 +44,7 @@ def credited(rows):
     return rows.filled(
         advantages=jnp.asarray(rng.normal(size=rows.tokens.shape), jnp.float32),
         old_logprobs=rows.behaviour_logprobs,
+        candidates=jnp.asarray(rng.normal(size=rows.weight.shape), jnp.float32),
         weight=rows.weight.at[3].set(0.0).at[6].set(0.5),
     )
 
@@ -43,24 +52,25 @@ def credited(rows):
 @pytest.fixture(scope="module")
 def learned(bigram, credited):
     """size -> (aggregation -> (params, metrics)): one program for all modes, which the coefficients choose."""
-    losses = [
+    terms = [
         *(LossTerm(partial(clipped_surrogate, aggregation=mode, clip_high=0.01), name=mode) for mode in MODES),
         LossTerm(partial(entropy_bonus, aggregation="seq_mean_token_mean"), name="entropy"),
+        LossTerm(contrasted, name="contrasted"),
     ]
     params, done = bigram.init(jax.random.key(0)), {}
 
     def at(size: int | None):
         if size not in done:
-            c = composed(bigram, losses, Update(sequences_per_microbatch=size))
+            c = composed(bigram, terms, Update(sequences_per_microbatch=size))
             learn, state = jax.jit(make_learn(c)), initial_state(c, jax.random.key(0), params)
-            done[size] = {term.name: learn(state, credited, jnp.eye(len(losses))[i]) for i, term in enumerate(losses)}
+            done[size] = {term.name: learn(state, credited, jnp.eye(len(terms))[i]) for i, term in enumerate(terms)}
         return done[size]
 
     return at
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
-@pytest.mark.parametrize("mode", [*MODES, "entropy"])
+@pytest.mark.parametrize("mode", [*MODES, "entropy", "contrasted"])
 def test_every_split_of_a_batch_gives_the_same_update(learned, size, mode):
     (whole, one), (split, several) = learned(None)[mode], learned(size)[mode]
     for a, b in zip(jax.tree.leaves(whole.params), jax.tree.leaves(split.params), strict=True):

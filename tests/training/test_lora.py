@@ -1,4 +1,4 @@
-"""Training with adapters: they alone learn, are remembered by the optimiser and written; the base stays as it was."""
+"""Training with adapters: only they are trained, have optimiser state and are stored; the base does not change."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ PARTS = ("down", "up")
 
 
 def fives(tokens, length):
-    """Share of the length limit that is the symbol 5."""
+    """Number of tokens 5, as a share of the length limit."""
     return ((tokens == 5) & (jnp.arange(tokens.shape[1]) < length[:, None])).sum(1) / tokens.shape[1]
 
 
@@ -82,7 +82,7 @@ def sizes(tree):
 
 @pytest.fixture(scope="module", params=[0, 8, pytest.param(4, marks=pytest.mark.slow)])
 def trained(request, model, make_prompts):
-    """Three steps of a policy with adapters: states on the host, metrics, where the arrays of a state lie."""
+    """Three steps of a policy with adapters: states on the host, metrics, shardings of the arrays of a state."""
     adapted = lora(model, LORA, bits=request.param)
     step = composed(adapted, update=Update(sequences_per_microbatch=4))
     state = step.init(jax.random.key(0))
@@ -161,7 +161,7 @@ class TestStep:
             step = composed(lora(model, LORA), resources=with_reference(**changes))
             state = jax.eval_shape(step.init, jax.random.key(0))
             assert ("reference" in state.networks) == copied
-        # A step that compares with no reference has none.
+        # A step without a reference in its losses has none.
         step = composed(lora(model, LORA), resources=with_reference(**{name: 1}), losses=[losses.clipped_surrogate])
         assert "reference" not in jax.eval_shape(step.init, jax.random.key(0)).networks
 
@@ -172,7 +172,10 @@ class TestStep:
                 credit=[
                     ("returns", advantages.gae_returns),
                     ("advantages", advantages.gae),
-                    ("global_advantages", lambda slow_values: slow_values),  # a network is there where it is named
+                    (
+                        "global_advantages",
+                        lambda slow_values: slow_values,
+                    ),  # creates the network
                 ],
                 losses=[losses.clipped_surrogate, (losses.clipped_value, 0.5)],
                 resources=Resources(
@@ -230,7 +233,7 @@ def lora_tree(micro_config, tmp_path_factory):
     tree |= {"lora": {"rank": 2, "alpha": 4, "rank_stabilised": True, "int8": True}, "seed": 3}
     tree["run_dir"] = str(tmp_path_factory.mktemp("lora") / "run")
     tree["model"] |= {"width": 32}
-    # No answer is right yet: without this nothing would have a gradient.
+    # No answer is right yet, so there would be no gradient.
     tree["losses"] = [*tree["losses"], {"entropy_bonus": {"coefficient": 0.01}}]
     tree["warm_start"] |= {"steps": WARM, "probe_every_steps": 0}
     tree["training"] |= {"steps": STEPS}
@@ -266,7 +269,7 @@ def test_a_checkpoint_holds_adapters_and_nothing_of_the_base(lora_run):
         written = sorted(shape for path, shape in shapes.items() if path.startswith("networks/policy/params/"))
         assert written == sorted(spec.shape for spec in jax.tree.leaves(adapters, is_leaf=lambda x: hasattr(x, "axes")))
         assert {path.split("/")[-1] for path in shapes if path.startswith("networks/policy/params/")} == set(PARTS)
-        # Adam's two moments, and the adapters that the warm start left, as reference.
+        # Adam's two moments, and the adapters after the warm start, as reference.
         copies = 3 if step == 1 else 4
         numbers = sum(int(np.prod(shape)) for shape in shapes.values() if len(shape) > 1)
         assert numbers <= copies * parameter_count(adapters)

@@ -1,4 +1,4 @@
-"""Networks beside the policy: what moves them, at which temperature they speak, and heads that learn."""
+"""Other networks than the policy: their updates, their temperature, and trained heads."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CRITIC = optax.adam(0.05)
 
 
 def fives(tokens, length):
-    """Share of the length limit that is the symbol 5."""
+    """Number of tokens 5, as a share of the length limit."""
     return ((tokens == 5) & (jnp.arange(tokens.shape[1]) < length[:, None])).sum(1) / tokens.shape[1]
 
 
@@ -52,7 +52,7 @@ def differ(a, b):
     )
 
 
-# ---- what moves them ------------------------------------------------------------------------------------------------
+# ---- their updates --------------------------------------------------------------------------------------------------
 
 
 class TestAnchors:
@@ -91,7 +91,7 @@ KEPT = {
 
 
 def say(names):
-    """A loss that has networks score the rows and changes nothing by it, made of their names."""
+    """A loss without gradient that reads the log-probabilities of networks with these names."""
     data = ["logprobs", "advantages", "mask", *names]
     parameters = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in data]
 
@@ -104,7 +104,7 @@ def say(names):
 
 @pytest.fixture(scope="module")
 def followed(bigram, make_prompts):
-    """Six steps with networks that follow the policy in every way: states on the host, and rows."""
+    """Six steps with networks of every update rule: states on the host, and rows."""
     step = composed(bigram, KEPT, losses=[say([f"{name}_logprobs" for name in KEPT])], optimizer=optax.sgd(1.0))
     state = step.init(jax.random.key(0))
     states, rows = [host(state.networks)], []
@@ -173,7 +173,7 @@ def test_it_moves_when_it_is_told_to(bigram, network, steps):
         assert float(state.networks["reference"].params["scores"][0, 0]) == expected
 
 
-# ---- where they come from, and how they speak -----------------------------------------------------------------------
+# ---- their parameters and temperature -------------------------------------------------------------------------------
 
 
 def test_a_network_speaks_at_its_own_temperature_and_may_be_given(bigram, make_prompts):
@@ -262,7 +262,7 @@ def test_a_network_with_other_symbols_cannot_score_the_policys(bigram, make_bigr
 
 @pytest.fixture(scope="module")
 def valued(bigram, make_prompts):
-    """Backbone -> (states, metrics) of steps with a value model, the policy waiting for two of them."""
+    """Backbone -> (states, metrics) of steps with a value model, with the policy frozen for two steps."""
     done = {}
 
     def at(backbone):
@@ -302,7 +302,7 @@ def test_the_policy_waits_while_it_is_frozen_and_the_critic_does_not(valued, bac
 
 
 def test_a_value_model_learns_what_is_expected(bigram, make_prompts):
-    # The policy stands still, so that the returns that the value model is fitted to do too.
+    # The policy is frozen, so that the returns, to which the value model is fitted, do not change.
     step = composed(bigram, critic=CRITIC, credit=GAE, losses=VALUE, update=Update(freeze_policy_steps=100))
     state, values = step.init(jax.random.key(0)), []
     for _ in range(12):
@@ -354,7 +354,7 @@ def test_own_and_shared_backbones_give_the_same_values_at_the_start(model, rows)
 
 @pytest.fixture(scope="module")
 def twins(bigram, make_prompts):
-    """Two steps with twin critics and their slow copy: states, and the rows of the second."""
+    """Two steps with twin critics and their slow copy: states, and the rows of the second step."""
     networks = {
         "twin": Network(head=HeadConfig(outputs=2), says="first", optimizer=CRITIC),
         "twin_target": Network(origin="twin", decay=0.75),
@@ -385,7 +385,7 @@ def test_twin_critics_are_judged_by_their_slow_copies(twins):
     states, rows = twins
     assert rows["twin_target_values"].shape == (8, 2)
     assert differ(states[1]["twin"].params, states[1]["twin_target"].params)
-    # The head reads which token is first, and the copy of the policy is its table.
+    # The head reads the first token, and its backbone is a copy of the policy's table.
     head = states[1]["twin_target"].params["head"]["weight"]
     np.testing.assert_allclose(rows["twin_target_values"], head[rows.prompt_tokens[:, -1]], rtol=1e-5, atol=1e-7)
 
@@ -436,7 +436,7 @@ def test_a_name_without_its_critic_is_refused(bigram):
 
 
 def test_a_network_that_learns_is_current_in_a_loss_and_old_names_it_as_found(bigram, make_prompts):
-    """A student beside the policy: the loss moves it, and its old numbers stay those of the step's beginning."""
+    """A student network: the loss updates it, and its old log-probabilities are those before the step."""
 
     def followed(student_logprobs, old_student_logprobs, mask):
         gap = ((student_logprobs - old_student_logprobs) * mask).sum()
@@ -450,7 +450,7 @@ def test_a_network_that_learns_is_current_in_a_loss_and_old_names_it_as_found(bi
     state, metrics = step(state, make_prompts(4))
     np.testing.assert_array_equal(state.params["scores"], before["policy"].params["scores"])
     assert differ(state.networks["student"].params, before["student"].params)
-    # Two updates: the first starts at 0, and the mean over both says how far one has got.
+    # Two updates: the first starts at 0, so the mean over both shows the change by the first.
     assert float(metrics["gap/followed"]) > 1e-3
 
 

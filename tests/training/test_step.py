@@ -1,4 +1,4 @@
-"""The composed step: one program, what it computes, what it changes, and that it learns."""
+"""The composed step: one program, its results, its state changes, and learning."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ROLLOUT = Rollout(samples_per_prompt=4, max_completion_tokens=6, eos_ids=(2,), p
 
 
 def fives(tokens, length):
-    """Share of the length limit that is the symbol 5."""
+    """Number of tokens 5, as a share of the length limit."""
     inside = jnp.arange(tokens.shape[1]) < length[:, None]
     return ((tokens == 5) & inside).sum(1) / tokens.shape[1]
 
@@ -84,7 +84,7 @@ def traceable(bigram, make_prompts):
 
 @pytest.fixture(scope="module")
 def on_host(bigram, make_prompts):
-    """The same with the reward written for text."""
+    """The same steps with a reward on text."""
     step = composed(bigram, rewards=[fives_on_the_host])
     run = recorded(step, step.init(jax.random.key(0)), make_prompts(8), 2, ITEMS)
     run.step = step
@@ -144,7 +144,7 @@ def test_what_is_not_named_is_not_there(traceable):
 
 
 def matrix_products(step, prompts) -> int:
-    """How many products of matrices a step's program holds, loops counted once."""
+    """Number of matrix products in a step's program, with loops counted once."""
 
     def count(jaxpr):
         inner = [leaf for eqn in jaxpr.eqns for leaf in jax.tree.leaves(eqn.params, is_leaf=is_jaxpr) if is_jaxpr(leaf)]
@@ -166,7 +166,7 @@ def test_only_what_is_named_costs_a_forward_pass(model, make_prompts):
     # The pass over the prompts has four projections and two products of attention, that over their completions four and
     # four, because it attends to both; the logits are one more. Cosines and sines of either pass are products on a CPU.
     assert matrix_products(with_reference, prompts) == plain + 6 + 8 + 1 + 2 * 2
-    # The sampler's own numbers stand for the old policy, and entropy comes out of the same pass.
+    # The sampler's log-probabilities are those of the old policy, and entropy comes from the same pass.
     no_old = composed(model, losses=[losses.policy_gradient])
     assert no_old.composition.wanted == frozenset()
     assert matrix_products(no_old, prompts) == plain
@@ -247,7 +247,7 @@ def test_coefficients_may_change_with_the_step_and_with_memory(rich):
 
 
 def test_credit_functions_see_the_step(rich):
-    # Both rewards are the same number, and `shaped` adds the number of the step.
+    # Both rewards are equal, and `shaped` adds the step number.
     components = np.asarray(rich.experience["reward_components"])
     np.testing.assert_allclose(components[:, 0], components[:, 1])
     np.testing.assert_allclose(rich.experience["rewards"], components.sum(1) + 4, rtol=1e-6)
@@ -285,7 +285,7 @@ def the_first_two_prompts(prompt_id, weight):
 
 @pytest.fixture(scope="module")
 def filtered(bigram, make_prompts):
-    """(a step on two prompts, a step on four of which a credit entry leaves two)."""
+    """(a step on two prompts, a step on four prompts of which a credit entry keeps two)."""
     step = composed(
         bigram,
         optimizer=optax.sgd(0.1),
@@ -321,7 +321,7 @@ def test_params_that_are_given_survive_the_donation(bigram, make_prompts, tracea
 
 
 def test_a_step_without_rewards_distils_a_teacher(make_bigram):
-    """Rows of the policy, and what a teacher says of them, are enough: no reward need be made up."""
+    """Distillation needs only rows of the policy and a teacher's log-probabilities, without a reward."""
     bigram = make_bigram(16)
 
     def distilled(logprobs, teacher_logprobs, behaviour_logprobs, mask):
@@ -354,7 +354,7 @@ def test_a_step_without_rewards_distils_a_teacher(make_bigram):
 
 
 def test_pairs_may_be_made_of_the_samples_of_a_step(bigram, make_prompts):
-    """DPO on the best and the worst sample of each group; the others belong to no pair."""
+    """DPO on the best and the worst sample of each group; the others are in no pair."""
 
     def best_and_worst(rewards, group):
         ours = group[:, None] == group[None, :]

@@ -1,4 +1,4 @@
-"""Views: another sequence made of a row is scored like the row itself, by the policy and by other networks."""
+"""Views: another sequence made from a row is scored like the row itself, by the policy and by other networks."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_verifree_scores_the_reference_answer_and_learns_it(bigram, make_prompts
     state = step.init(jax.random.key(0))
     table = np.asarray(state.params["scores"])
     state, metrics, rows = step.run(state, make_prompts(4))
-    # Of a bigram model the log-probabilities of the answer (7) 5 (6) (2) behind the mark 5 are entries of a table.
+    # For a bigram model the log-probabilities of the answer (7) 5 (6) (2) after the mark 5 are entries of a table.
     said = np.asarray(jax.nn.log_softmax(table / 0.7, axis=-1))
     expected = np.array([said[a, b] for a, b in ((5, 7), (7, 5), (5, 6), (6, 2))])
     tokens, length = np.asarray(rows.tokens), np.asarray(rows.length)
@@ -103,7 +103,7 @@ def test_nover_scores_with_a_proxy_that_follows_slowly(bigram, make_prompts):
     assert metrics["gradient_norm"] > 0
 
 
-# ---- views of several sequences a row -------------------------------------------------------------------------------
+# ---- views with several sequences per row ---------------------------------------------------------------------------
 
 
 def a_token_a_turn(tokens):
@@ -133,12 +133,12 @@ def test_the_answer_is_scored_behind_every_turn(bigram, make_prompts):
     rows = step.run(state, prompts)[2]
     tokens, length = np.asarray(rows.tokens), np.asarray(rows.length)
     last = np.repeat([row[-1] for row in np.asarray(prompts.tokens)], 4)
-    assert rows["answer_logprobs"].shape == (16, 4, 4)  # behind 0 to 3 turns; 7, answer of one of two tokens, 2
+    assert rows["answer_logprobs"].shape == (16, 4, 4)  # after 0 to 3 turns; 7, answer of one of two tokens, 2
     for row in range(16):
         before = [last[row], *tokens[row, :3]][: length[row] + 1]
         expected = [np.mean([said[token, 7], said[7, 5], said[5, 2]]) for token in before]
         np.testing.assert_allclose(rows["turn_answer_logprobs"][row, : len(expected)], expected, rtol=1e-5)
-        np.testing.assert_array_equal(rows["turn_answer_logprobs"][row, len(expected) :], 0)  # not taken
+        np.testing.assert_array_equal(rows["turn_answer_logprobs"][row, len(expected) :], 0)  # turns that did not occur
     assert np.abs(rows["advantages"]).max() > 0
 
 
@@ -152,7 +152,7 @@ def test_several_sequences_a_row_are_scored_before_the_update_alone(bigram, make
 
 
 def test_the_likelihood_of_an_answer_adds_at_most_its_own_forward_pass(model, make_prompts):
-    """Operations of the program; what loops do counts once, and is the same in both."""
+    """Operations of the program; loops, which are the same in both, count once."""
 
     def operations(step):
         state = jax.eval_shape(step.init, jax.random.key(0))
@@ -173,7 +173,7 @@ def test_the_likelihood_of_an_answer_adds_at_most_its_own_forward_pass(model, ma
     without, (whole, alone) = operations(igpo(model, credit=plain))[0], operations(igpo(model, credit=with_view))
     assert 0 < whole - without < 1.1 * alone
     apart = operations(igpo(model._replace(cut_cache=None), credit=with_view))[1]
-    assert alone < 0.5 * apart  # four sequences of 14 tokens a row, instead of one of 10 and four of 3
+    assert alone < 0.5 * apart  # four sequences of 14 tokens per row, instead of one of 10 and four of 3
 
 
 # ---- views that read text -------------------------------------------------------------------------------------------
@@ -205,7 +205,7 @@ def judged(model, view, **changed):
 
 
 def behind_the_first_token(prompt, completion, answer):
-    """The answer behind problem and first token; rows that begin with an even one have none."""
+    """The answer after problem and first token; rows that begin with an even token have none."""
     first = int(completion.split()[0])
     return None if first % 2 == 0 else (f"{prompt} {first}", answer)
 
@@ -285,11 +285,11 @@ def test_a_view_of_text_needs_an_encoder_and_does_not_know_replayed_rows(bigram)
         judged(bigram, all_at_once, source=[rollout, Replay(0.5, 2, 4, 4, 2)], losses=[imitate])
 
 
-# ---- views that a network writes ------------------------------------------------------------------------------------
+# ---- views that a network generates ---------------------------------------------------------------------------------
 
 
 def length_of(verdict_text):
-    """Per batch: how many tokens were written, and nothing where no prompt was made."""
+    """Per batch: number of generated tokens, and none for rows without a prompt."""
     return [None if text is None else float(len(text.split())) for text in verdict_text]
 
 
@@ -392,7 +392,7 @@ def test_who_may_not_write_a_view(bigram, changed, message):
 
 
 def test_a_mixture_of_two_networks_writes_what_the_product_of_their_distributions_says(bigram, make_prompts):
-    """Greedily: what the sum of both scores says, which is now the one's choice, now the other's, now neither's."""
+    """Greedy decoding of the sum of both scores, which agrees with one model, with the other, or with neither."""
     view = View(ask_in_the_program, written_by="judge", mixed_with="other", share=0.4, temperature=0.0)
     networks = {"judge": Network(copy_every=1), "other": Network(copy_every=1)}
     resources = Resources(decode=decode, encode=encode, views={"verdict": view}, networks=networks)
@@ -429,7 +429,7 @@ def go_on_in_the_program(verdict_tokens, verdict_length):
 @pytest.mark.parametrize("again", [go_on_by_text, go_on_in_the_program])
 def test_a_view_may_be_made_of_what_a_network_wrote_as_another(bigram, make_prompts, again):
     written = {"max_completion_tokens": 3, "written_by": "policy", "temperature": 0.0}
-    # By name the second one comes first.
+    # In alphabetical order the second one is first.
     views = {"verdict": View(ask_in_the_program, **written), "again": View(again, **written)}
     step = judged(
         bigram,

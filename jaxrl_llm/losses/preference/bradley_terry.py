@@ -61,7 +61,8 @@ def bradley_terry(
       the higher score; ties excluded) and `score_gap`.
 
     Raises:
-      ValueError: for an unknown form or use of the margin, a smoothing outside [0, 1/2), or a negative centring.
+      ValueError: for an unknown form or use of the margin, margins as weights without margins, a smoothing outside
+        [0, 1/2), or a negative centring.
 
     Reference: Bradley-Terry reward models as in InstructGPT (2203.02155); margin: Llama 2 (2307.09288); centring by
       the sum: (2312.09244); weight: HelpSteer2-Preference (2410.01257); on answers of one policy against another's:
@@ -74,6 +75,11 @@ def bradley_terry(
         raise ValueError(f"form is {form!r}; it must be one of {', '.join(get_args(Centring))}")
     if margin_use not in get_args(MarginUse):
         raise ValueError(f"margin_use is {margin_use!r}; it must be one of {', '.join(get_args(MarginUse))}")
+    if margin is None and margin_use == "weight":
+        raise ValueError(
+            "margin_use is 'weight', but no pair has a margin; give the file a column margin or preference_strength, "
+            "fill margin in credit (reward_gap), or leave margin_use out"
+        )
     pairs = pairs_of(preferred, weight, group)
     scores = jnp.where(weight > 0, reward_scores.astype(jnp.float32), 0.0)
     gap = pairs.gap(scores)

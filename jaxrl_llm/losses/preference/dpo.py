@@ -106,11 +106,12 @@ def dpo(
     pairs = pairs_of(preferred, row_weight(mask), group)
     ratios = on_mask(logprobs, mask) - jax.lax.stop_gradient(on_mask(reference_logprobs, mask))
     length = (mask > 0).sum(-1).astype(jnp.float32)
-    if surplus < 1:
-        gap = pairs.of_both(surplus_sums(ratios, mask, surplus))
+    counted = jnp.maximum(length, 1) if length_normalised else jnp.ones_like(length)
+    if surplus < 1:  # the score of an answer depends on its partner
+        score = score_of(surplus_sums(ratios, mask, surplus), divergence, alpha)
+        gap = pairs.of_both(score / counted[:, None])
     else:
-        score = score_of(ratios.sum(-1), divergence, alpha)
-        gap = pairs.gap(score / jnp.maximum(length, 1) if length_normalised else score)
+        gap = pairs.gap(score_of(ratios.sum(-1), divergence, alpha) / counted)
     z = gap if link == "square" else beta * gap + length_penalty * pairs.gap(length)
     loss = linked(z, link, beta=beta, label_smoothing=label_smoothing, gate_temperature=gate_temperature)
     if pair_weight is not None:
@@ -138,7 +139,8 @@ def linked(
             return q * (-right - math.log1p(-e)) + (1 - q) * (-wrong - math.log(e))
         case "discopop":
             gate = jax.nn.sigmoid(z / gate_temperature)
-            return (1 - gate) * right + gate * jnp.exp(-z)
+            # Where exp(-z) would overflow, the gate is 0.
+            return (1 - gate) * right + gate * jnp.exp(jnp.minimum(-z, _LARGEST))
         case _:
             return smoothed_logistic(z, e)
 

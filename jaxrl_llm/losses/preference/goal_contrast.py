@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxrl_llm.experience import Loss
 from jaxrl_llm.losses.preference.pairs import pairs_of
+from jaxrl_llm.statistics import by_row
 
 
 def goal_contrast(
@@ -20,11 +21,13 @@ def goal_contrast(
 ) -> Loss:
     """Goal-conditioned: states of a better answer are similar to its later states, not to those of the worse answer.
 
-        P+ = mean over pairs of the mean of sigmoid(cos(h_s, h_g)),  s and g of the better answer, s early and g late P-
-        = the same with s of the better answer and g of the worse one, both uniform x = -log P+ - log(1 - P-)
+        P+ = mean of sigmoid(cos(h_s, h_g)) over states s and g of the better answer, s early and g late
+        P- = the same with s of the better answer and g of the worse one, both uniform
+        x  = -log P+ - log(1 - P-)
 
-    The means are inside the logarithms, one for each prompt. Positions are averaged over instead of sampled: early has
-    the density of the smaller of two uniform numbers, late that of the larger, as in the paper's sampling.
+    averaged over pairs. The means are inside the logarithms, one for each pair. Positions are averaged over instead of
+    sampled: early has the density of the smaller of two uniform numbers, late that of the larger, as in the paper's
+    sampling.
 
     Args:
       goal_values: an embedding of each token, of a network `goal` with a head of N outputs.
@@ -37,7 +40,7 @@ def goal_contrast(
       The loss; its count is the (weighted) number of pairs. Metrics: `same_goal` (P+) and `other_goal` (P-).
 
     Reference: Goal-conditioned representations for reward models (2407.13887).
-    Certainty: verified, except that positions are averaged over and means are per prompt
+    Certainty: verified, except that positions are averaged over and means are per pair
     """
     chex.assert_rank([goal_values, mask, group, preferred, weight], [3, 2, 1, 1, 1])
     there = mask > 0
@@ -48,20 +51,32 @@ def goal_contrast(
     early = jnp.where(there, (2 * (length - place) + 1) / length**2, 0.0)
     late = jnp.where(there, (2 * place - 1) / length**2, 0.0)
     flat = jnp.where(there, 1 / length, 0.0)
-    same = jnp.einsum("it,is,its->i", early, late, jax.nn.sigmoid(jnp.einsum("itn,isn->its", state, state)))
-
-    def against(worse: Array) -> Array:  # one row at a time: all pairs of tokens of all rows would not fit in memory
-        alike = jax.nn.sigmoid(jnp.einsum("itn,sn->its", state, state[worse]))
-        return jnp.einsum("it,s,its->i", flat, flat[worse], alike)
-
-    other = jax.lax.map(against, jnp.arange(len(group))).T
     pairs = pairs_of(preferred, weight, group)
-    loss = -jnp.log(jnp.where(pairs.share > 0, same[:, None], 1.0)) - jnp.log1p(-jnp.where(pairs.share > 0, other, 0.0))
-    metrics = {
-        "same_goal": (pairs.total(jnp.broadcast_to(same[:, None], other.shape)), pairs.count),
-        "other_goal": (pairs.total(other), pairs.count),
-    }
-    return Loss(pairs.total(loss), pairs.count, metrics)
+
+    def alike(i: Array, j: Array, of_i: Array, of_j: Array) -> Array:
+        return of_i @ jax.nn.sigmoid(state[i] @ state[j].T) @ of_j
+
+    rows = jnp.arange(len(group))
+    same = by_row(lambda i: alike(i, i, early[i], late[i]), rows, together=1)
+    # Places of the worse answers in front: the n-th ones of all rows are compared together, while any row has one.
+    worse = jnp.argsort(pairs.share <= 0, axis=1, stable=True)
+
+    @jax.checkpoint
+    def with_nth(total: Array, n: Array) -> tuple[Array, None]:
+        other = worse[:, n]
+        share = jnp.take_along_axis(pairs.share, other[:, None], axis=1)[:, 0]
+
+        def compared() -> Array:
+            against = by_row(lambda i, j: alike(i, j, flat[i], flat[j]), rows, other, together=1)
+            there = share > 0
+            loss = -jnp.log(jnp.where(there, same, 1.0)) - jnp.log1p(-jnp.where(there, against, 0.0))
+            return jnp.stack([(share * loss).sum(), (share * against).sum()])
+
+        return total + jax.lax.cond((share > 0).any(), compared, lambda: jnp.zeros(2)), None
+
+    (loss, other), _ = jax.lax.scan(with_nth, jnp.zeros(2), rows)
+    metrics = {"same_goal": ((pairs.share.sum(1) * same).sum(), pairs.count), "other_goal": (other, pairs.count)}
+    return Loss(loss, pairs.count, metrics)
 
 
 def goal_quality(

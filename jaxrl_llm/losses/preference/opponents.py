@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -23,7 +25,7 @@ def exploratory_preference(
     reference_opponent_logprobs: Float[Array, "B T"],
     mask: Float[Array, "B T"],
     opponent_mask: Float[Array, "B T"],
-    win_share: Float[Array, "B"],
+    win_share: Float[Array, "B"] | None = None,
     *,
     beta: Positive = 0.1,
     alpha: NonNegative = 1e-5,
@@ -42,7 +44,8 @@ def exploratory_preference(
       opponent_logprobs, reference_opponent_logprobs: of the reference's sample.
       mask: 0 on tokens that do not count, the row's weight on those that do.
       opponent_mask: 1 on tokens of the opponent.
-      win_share: P, probability that a judge prefers the policy's sample; 1 or 0 are hard labels.
+      win_share: P, probability that a judge prefers the row to its opponent; 1 or 0 are hard labels. None is 1: with
+        demonstrations as rows, the last policy as opponent and alpha 0, it is SPIN.
       beta: units of reward per nat.
       alpha: strength of exploration.
 
@@ -53,17 +56,18 @@ def exploratory_preference(
     Raises:
       ValueError: for a beta that is not positive, or a negative alpha.
 
-    Reference: XPO (2405.21046); online VPO (2405.19320).
+    Reference: XPO (2405.21046); online VPO (2405.19320); SPIN (2401.01335).
     Certainty: verified
     """
-    chex.assert_rank([logprobs, reference_logprobs, mask, win_share], [2, 2, 2, 1])
+    chex.assert_rank([logprobs, reference_logprobs, mask], 2)
     chex.assert_equal_shape([opponent_logprobs, reference_opponent_logprobs, opponent_mask])
     weights = jnp.where((opponent_mask > 0).any(-1), row_weight(mask.astype(jnp.float32)), 0.0)
     rho = (on_mask(logprobs, mask) - jax.lax.stop_gradient(on_mask(reference_logprobs, mask))).sum(-1)
     left = on_mask(opponent_logprobs, opponent_mask)
     fixed = jax.lax.stop_gradient(on_mask(reference_opponent_logprobs, opponent_mask))
     z = beta * (rho - (left - fixed).sum(-1))
-    won = jnp.where(weights > 0, win_share.astype(jnp.float32), 0.5)
+    share = jnp.ones_like(weights) if win_share is None else win_share.astype(jnp.float32)
+    won = jnp.where(weights > 0, share, 0.5)
     loss = -won * jax.nn.log_sigmoid(z) - (1 - won) * jax.nn.log_sigmoid(-z) + alpha * left.sum(-1)
     count, margin = weights.sum(), jnp.where(won > 0.5, z, -z)
     metrics = {"win_share": ((weights * won).sum(), count), "margin": ((weights * margin).sum(), count)}
@@ -127,6 +131,66 @@ def beside_itself(
     """
     there = jnp.ones(length.shape, bool)
     return _behind(prompt_tokens, prompt_length, tokens, length, tokens, length, there)
+
+
+def demonstrated(
+    prompt_tokens: Int[Array, "B P"],
+    prompt_length: Int[Array, "B"],
+    demonstration_tokens: Int[Array, "B D"],
+    demonstration_length: Int[Array, "B"],
+) -> Sequences:
+    """A view of samples: the row's prompt with the reference completion of the data.
+
+    Args:
+      prompt_tokens, prompt_length: prompt of each row.
+      demonstration_tokens, demonstration_length: its reference completion.
+
+    Reference: SPIN (2401.01335).
+    Certainty: recalled
+    """
+    inside = jnp.arange(demonstration_tokens.shape[1]) < demonstration_length[:, None]
+    return Sequences(
+        prompt_tokens, prompt_length, demonstration_tokens, demonstration_length, inside.astype(jnp.float32)
+    )
+
+
+def followed_by(
+    prompt_tokens: Int[Array, "B P"],
+    prompt_length: Int[Array, "B"],
+    tokens: Int[Array, "B T"],
+    length: Int[Array, "B"],
+    *,
+    says: str,
+    encode: Callable[[str], Sequence[int]],
+    question: str = "",
+) -> Sequences:
+    """A view of each row's prompt, completion and a question, with a fixed answer that is scored, such as a verdict.
+
+    Args:
+      prompt_tokens, prompt_length: prompt of each row, left-padded.
+      tokens, length: completion of each row.
+      says: the answer.
+      encode: text -> token ids, of the run.
+      question: text between completion and answer.
+
+    Raises:
+      ValueError: for an answer without tokens.
+
+    Reference: RewardDance (2509.08826).
+    Certainty: verified
+    """
+    if not (answer := list(encode(says))):
+        raise ValueError(f"says is {says!r}, which has no tokens; give the text that is scored")
+
+    def fixed(ids: list[int]) -> tuple[Array, Array]:
+        return jnp.tile(jnp.array(ids, jnp.int32)[None], (len(length), 1)), jnp.full(len(length), len(ids), jnp.int32)
+
+    there = jnp.ones(length.shape, bool)
+    first = prompt_tokens, prompt_length, tokens, length
+    if asked := list(encode(question)) if question else []:
+        before = _behind(*first, *fixed(asked), there)
+        first = before.prompt_tokens, before.prompt_length, before.tokens, before.length
+    return _behind(*first, *fixed(answer), there)
 
 
 def _behind(

@@ -9,32 +9,34 @@ from jaxtyping import Array, Float, Int
 
 from jaxrl_llm.experience import Loss
 from jaxrl_llm.losses.aggregation import row_weight
+from jaxrl_llm.losses.siblings import compact_ids, sibling_sum
 from jaxrl_llm.ranges import Positive, ranged
+from jaxrl_llm.statistics import by_row
 
 
 def embeddings_of_all(
     contrast_scores: Float[Array, "B N"], weight: Float[Array, "B"]
-) -> tuple[Float[Array, "B B N"], Int[Array, "B"]]:
-    """For each row the embeddings of all rows of the batch and the index of its own, inputs of `sentence_contrast`.
+) -> tuple[Float[Array, "B N"], Int[Array, "B"]]:
+    """The embeddings of all rows of the batch, and the place of each row among them, inputs of `sentence_contrast`.
 
-    Every row holds all embeddings, so that a batch may be split.
+    The field `candidates` belongs to the whole batch: every part of a batch that is split sees all of it.
 
     Args:
       contrast_scores: an embedding of each row after its last token, of a network `contrast` with a head of N outputs.
       weight: of each row; the embedding of an absent row is 0, which marks no candidate.
 
     Returns:
-      (candidates [B, B, N], own index [B]).
+      (candidates [B, N], own index [B]).
     """
     chex.assert_rank([contrast_scores, weight], [2, 1])
     there = jnp.where((weight > 0)[:, None], contrast_scores.astype(jnp.float32), 0.0)
-    return jnp.broadcast_to(there, (len(there), *there.shape)), jnp.arange(len(there), dtype=jnp.int32)
+    return there, jnp.arange(len(there), dtype=jnp.int32)
 
 
 @ranged
 def sentence_contrast(
     contrast_scores: Float[Array, "B N"],
-    candidates: Float[Array, "B M N"],
+    candidates: Float[Array, "M N"],
     own_place: Int[Array, "B"],
     weight: Float[Array, "B"],
     *,
@@ -64,14 +66,14 @@ def sentence_contrast(
     Reference: Secrets of RLHF II, MOSS-RLHF (2401.06080).
     Certainty: recalled
     """
-    chex.assert_rank([contrast_scores, candidates, own_place, weight], [2, 3, 1, 1])
+    chex.assert_rank([contrast_scores, candidates, own_place, weight], [2, 2, 1, 1])
     weights = jnp.where(weight > 0, weight.astype(jnp.float32), 0.0)
     own = jnp.where((weights > 0)[:, None], contrast_scores.astype(jnp.float32), 1.0)
     fixed = jax.lax.stop_gradient(candidates.astype(jnp.float32))
     there = jnp.square(fixed).sum(-1) > 0
     norms = jnp.sqrt(jnp.maximum(jnp.square(fixed).sum(-1), 1e-12))
     h = own / jnp.sqrt(jnp.maximum(jnp.square(own).sum(-1, keepdims=True), 1e-12))
-    scores = jnp.where(there, jnp.einsum("bn,bmn->bm", h, fixed) / norms / temperature, -jnp.inf)
+    scores = jnp.where(there, jnp.einsum("bn,mn->bm", h, fixed) / norms / temperature, -jnp.inf)
     scores = jnp.where((weights > 0)[:, None], scores, 0.0)
     said = jnp.take_along_axis(jax.nn.log_softmax(scores, axis=-1), own_place[:, None], axis=1)[:, 0]
     told = (scores.argmax(-1) == own_place).astype(jnp.float32)
@@ -101,11 +103,12 @@ def score_spread(reward_scores: Float[Array, "B"], mask: Float[Array, "B T"], gr
     chex.assert_equal_shape([reward_scores, group])
     there = row_weight(mask.astype(jnp.float32)) > 0
     r = jnp.where(there, reward_scores.astype(jnp.float32), 0.0)
-    both = there[:, None] & there[None] & (group[:, None] == group[None])
-    samples = both.sum(1)
-    apart = jax.nn.sigmoid(jnp.abs(r[:, None] - r[None]))
-    others = both & ~jnp.eye(len(r), dtype=bool)
+    place, samples = jnp.arange(len(r)), sibling_sum(there.astype(jnp.float32), compact_ids(group))
+
+    def apart(own: Array, i: Array, id: Array) -> Array:
+        others = there & there[i] & (group == id) & (place != i)
+        return jnp.where(others, jax.nn.sigmoid(jnp.abs(own - r)), 0.0).sum()
+
     # Both orders of a pair are included, which is 2 times the sum over i < j.
-    each = jnp.where(others, apart, 0.0).sum(1) / jnp.maximum(samples, 1) ** 2
-    prompts = jnp.where(there, 1.0 / jnp.maximum(samples, 1), 0.0).sum()
-    return Loss(each.sum(), prompts)
+    each = by_row(apart, r, place, group) / jnp.maximum(samples, 1) ** 2
+    return Loss(each.sum(), jnp.where(there, 1.0 / jnp.maximum(samples, 1), 0.0).sum())

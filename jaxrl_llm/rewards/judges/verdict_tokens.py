@@ -117,3 +117,44 @@ def judged_example(
         (template.format(prompt=prompt, completion=completion), (right if value > 0 else wrong).format(answer=answer))
         for prompt, completion, value, answer in zip(prompts, completions, correct, known, strict=True)
     ]
+
+
+def filled_text(
+    prompts: Sequence[str],
+    completions: Sequence[str],
+    answers: Sequence[str] | None = None,
+    *,
+    template: str = "{prompt}{completion}?",
+    says: str = "1",
+    after: str | None = None,
+) -> list[tuple[str, str]]:
+    """A view of a fixed text about each row: what stands before, and what is scored.
+
+    For a judge, `says` is a verdict, whose probability is read (`verdict_score`, `verdict_ranking`); with the reference
+    answer in `template` it compares the two. For a reward model that scores a candidate behind a reference (POLAR),
+    `says` is "{completion}".
+
+    Args:
+      prompts, completions: texts.
+      answers: reference answers.
+      template: what stands before, with {prompt}, {completion} and {answer}.
+      says: what is scored, with the same places.
+      after: only the part of a completion after the last occurrence of this text, such as the end of a thought; None
+        takes all of it.
+
+    Returns:
+      One (text before, text that is scored) pair per row.
+
+    >>> filled_text(["2+2="], ["so</t>4"], ["5"], template="{prompt}{answer}|", says="{completion}", after="</t>")
+    [('2+2=5|', '4')]
+
+    Reference: RewardDance (2509.08826); POLAR (2507.05197); Pairwise RL (2504.04950).
+    Certainty: verified
+    """
+    known = [""] * len(prompts) if answers is None else answers
+    found = []
+    for prompt, completion, answer in zip(prompts, completions, known, strict=True):
+        said = completion if after is None else completion.rsplit(after, 1)[-1]
+        values = {"prompt": prompt, "completion": said, "answer": answer}
+        found.append((template.format(**values), says.format(**values)))
+    return found

@@ -1,4 +1,4 @@
-"""Divergences: worked examples, identities of the family, what the factory refuses, and numbers that stay finite."""
+"""Divergences: worked examples, identities of the family, refused options, and finite numbers."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ GOLDEN = {
     "total_variation": (0.324361, 0.167521, 0.122376, 0.331908),
     "jeffreys": (0.324361, 0.182185, 0.0975442, 0.57521),
 }
-# Every member once, with orders and mixtures away from their defaults.
+# Every member once, with orders and mixtures other than their defaults.
 FAMILY = {name: {"generator": name} for name in GENERATORS} | {
     "alpha(2)": {"generator": "alpha", "alpha": 2.0},
     "alpha(-1)": {"generator": "alpha", "alpha": -1.0},
@@ -296,7 +296,7 @@ def test_top_k_is_a_lower_bound_that_grows_to_the_exact_value(options):
     one, three, six = at(1), at(3), at(6)
     np.testing.assert_array_equal(at(7), exact)
     np.testing.assert_array_equal(at(100), exact)
-    np.testing.assert_allclose(six, exact, rtol=1e-3, atol=1e-5)  # a remainder of one symbol merges nothing
+    np.testing.assert_allclose(six, exact, rtol=1e-3, atol=1e-5)  # a remainder of one token is exact
     slack = 1e-4 * exact + 1e-6
     assert bool((one <= three + slack).all())
     assert bool((three <= six + slack).all())
@@ -309,7 +309,7 @@ def test_top_k_keeps_the_reference_s_largest_and_all_of_the_mass():
     got = divergence(samples="top_k", k=2).over_vocabulary(log_p, log_q)
     p, q = np.array([0.1, 0.1, 0.8]), np.array([0.4, 0.3, 0.3])
     close(got, np.sum(p * np.log(p / q)), 1e-5)
-    # all of the reference's symbols tie: two of them are kept, the other two still count
+    # all tokens of the reference tie: two are kept, and the other two are the remainder
     uniform = jnp.log(jnp.full(4, 0.25))
     p, q = np.array([0.3, 0.1, 0.6]), np.array([0.25, 0.25, 0.5])
     close(divergence(samples="top_k", k=2).over_vocabulary(log_p, uniform), np.sum(p * np.log(p / q)), 1e-5)
@@ -333,7 +333,7 @@ def test_renyi_follows_from_alpha_and_is_swapped_by_direction():
 def test_vocabulary_forms_stay_finite_at_the_extremes(options, samples):
     loss = divergence(**options, samples=samples, **({"k": 2} if samples == "top_k" else {}))
     peaks = jnp.array([[50.0, 0, 0, -50], [-50, 0, 0, 50], [0, 0, 0, 0], [50, 0, 0, 0]])
-    masked = peaks.at[3, 1].set(-jnp.inf)  # a symbol that may not be drawn
+    masked = peaks.at[3, 1].set(-jnp.inf)  # a token that cannot be sampled
     dtype = jnp.bfloat16 if options["generator"] == "jeffreys" else jnp.float32
     log_q = jax.nn.log_softmax(peaks[jnp.array([1, 0, 0, 1])].astype(dtype))
     value, gradient = jax.value_and_grad(lambda logits: loss.over_vocabulary(jax.nn.log_softmax(logits), log_q).sum())(
@@ -356,7 +356,7 @@ def test_finite_at_the_extremes_and_blind_outside_the_mask(name, samples, gradie
     old = jnp.array([[0.0, -50, -50, -1], [-1, -1, -1, -1], [0, 0, 0, 0]])
     mask = jnp.array([[1.0, 1, 1, 0], [0.5, 0.5, 0, 0], [0, 0, 0, 0]])
     junk = jnp.where(mask > 0, 0, jnp.array([jnp.nan, jnp.inf, -jnp.inf, jnp.nan]))
-    # The door casts to float32 whatever the generator, so one of them stands for all in bfloat16.
+    # All generators share the cast to float32, so one of them is tested in bfloat16.
     dtype = jnp.bfloat16 if name == "jeffreys" else jnp.float32
 
     @jax.value_and_grad
@@ -390,7 +390,7 @@ def test_sum_and_count_survive_padding_permutation_and_splits(samples, gradient,
 
 
 def test_samples_beyond_the_limit_keep_pulling():
-    """A token of the reference that the policy has dropped altogether still has a gradient that raises it."""
+    """A token with zero probability under the policy still has a gradient that raises it."""
     zero, one = jnp.zeros((1, 1)), jnp.ones((1, 1))
 
     def slope(**options):
@@ -399,7 +399,7 @@ def test_samples_beyond_the_limit_keep_pulling():
 
     for name, pull in {"forward_kl": -1.0, "jeffreys": -1.0, "neyman_chi_square": np.exp(-5) - np.exp(5)}.items():
         close(slope(generator=name), pull, 1e-5)
-    assert slope(generator="forward_kl", value_limit=10.0) == 0  # as released, on request
+    assert slope(generator="forward_kl", value_limit=10.0) == 0  # as in the released code, if requested
 
 
 def test_a_row_s_sequence_value_does_not_depend_on_the_token_count():

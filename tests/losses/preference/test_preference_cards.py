@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import jax
@@ -112,6 +113,19 @@ EXAMPLES = {
 }
 
 
+# Sequential KL of the better answers 1, 1/2, 0.2, 0.3 and of the worse ones 1/2, 1, 0.4, 0.1: beside Delta the margin
+# has 1/2 * [1/2, -1/2, -0.2, 0.2].
+TDPO = P | {"over_vocabulary": spread([1, 0.5, 0.2, 0.3], [0.5, 1, 0.4, 0.1])}
+TDPO_NAMES = (*WITH_REFERENCE, "over_vocabulary")
+EXAMPLES["tdpo"] = (
+    losses.sequential_divergence_preference(),
+    TDPO_NAMES,
+    TDPO,
+    np.logaddexp(0, -0.1 * np.array([2.25, -0.75, 0.4, 2.6])).mean(),
+)
+EXAMPLES["tdpo, alpha 0"] = (losses.sequential_divergence_preference(alpha=0.0), TDPO_NAMES, TDPO, 0.640249)
+
+
 def values(changed=lambda data: data):
     def all_of_them(data):
         return {
@@ -187,6 +201,23 @@ def test_sums_up_to_the_length_that_both_have():
     whole, all_of_it = losses.dpo(**given), losses.dpo(**given, surplus=1.0)
     assert whole.value == all_of_it.value
     assert losses.dpo(**given, surplus=0.5).value != whole.value
+    # With what the score is divided by or is a function of: log-ratios 1/4 and -1/4, 1/4 and -1/2 of the two pairs.
+    gaps = {"length_normalised": [0.25 / 3 + 0.25 / 2, 0.25 / 4 + 0.5 / 3], "divergence": []}
+    shannon = lambda rho: math.log(2) - np.logaddexp(0, -rho)  # noqa: E731
+    gaps["divergence"] = [shannon(0.25) - shannon(-0.25), shannon(0.25) - shannon(-0.5)]
+    for hyper, value in (("length_normalised", True), ("divergence", "jensen_shannon")):
+        found = losses.dpo(**given, surplus=0.5, **{hyper: value}).value
+        np.testing.assert_allclose(found, np.logaddexp(0, -0.1 * np.array(gaps[hyper])).mean(), rtol=1e-6)
+
+
+def test_a_pair_that_is_wrong_by_thousands_is_still_pushed():
+    """exp(-z) has no number there; the gate of discopop, which multiplies it, is 0."""
+    said = jnp.array([[-3000.0], [-1.0]])
+    given = {"group": jnp.zeros(2, int), "preferred": jnp.array([1.0, 0]), "mask": jnp.ones((2, 1))}
+    loss = lambda x: losses.dpo(x, jnp.zeros((2, 1)), **given, link="discopop").value  # noqa: E731
+    value, slope = jax.value_and_grad(loss)(said)
+    np.testing.assert_allclose(value, 299.9, rtol=1e-5)
+    np.testing.assert_allclose(slope, [[-0.1], [0.1]], rtol=1e-5)
 
 
 def test_weights_of_pairs_by_how_likely_the_policy_is_to_write_them():
@@ -237,3 +268,55 @@ def test_calibration_samples_shift_the_loss():
 def test_what_cannot_be(call, message):
     with pytest.raises(ValueError, match=message):
         call({name: P[name] for name in WITH_REFERENCE})
+
+
+def test_the_divergence_of_tdpo_is_exact_and_has_the_gradient_of_its_form():
+    log_p, log_q = (jax.nn.log_softmax(jnp.array(x)) for x in ([[1.0, 0, -2]], [[0.5, 0.5, -jnp.inf]]))
+    loss = losses.sequential_divergence_preference()
+    expected = np.log(0.5) - np.asarray(log_p)[0, :2].mean()
+    np.testing.assert_allclose(loss.over_vocabulary(log_p, log_q), [expected], rtol=1e-6)
+
+    def slope(form, alpha):
+        given = {name: TDPO[name] for name in TDPO_NAMES if name != "over_vocabulary"}
+        function = losses.sequential_divergence_preference(form=form, alpha=alpha)
+        return jax.grad(lambda k: function(over_vocabulary=k, **given).value)(TDPO["over_vocabulary"])
+
+    better = np.asarray(P["preferred"])[:, None] * np.asarray(P["mask"])
+    one, two = slope("both", 1.0), slope("worse", 1.0)
+    assert np.all(np.asarray(one)[better > 0] < 0)  # TDPO1 moves the policy away along better answers
+    np.testing.assert_array_equal(np.asarray(two)[better > 0], 0)
+    np.testing.assert_allclose(np.where(better > 0, 0, one), two)
+    with pytest.raises(ValueError, match="form is 'tdpo2'; it must be one of both, worse"):
+        losses.sequential_divergence_preference(form="tdpo2")
+
+
+def test_without_a_judge_the_row_wins_against_its_opponent():
+    """SPIN: demonstrations against the last policy; DPO of the two."""
+    said, reference = P["logprobs"], P["reference_logprobs"]
+    found = losses.exploratory_preference(
+        said[::2], reference[::2], said[1::2], reference[1::2], P["mask"][::2], P["mask"][1::2], alpha=0.0
+    )
+    np.testing.assert_allclose(found.value, 0.640249, rtol=2e-6)
+
+
+def test_margins_as_weights_need_margins():
+    with pytest.raises(ValueError, match="margin_use is 'weight', but no pair has a margin; give the file a column"):
+        losses.bradley_terry(jnp.zeros(2), jnp.zeros(2, int), jnp.array([1.0, 0]), jnp.ones(2), margin_use="weight")
+
+
+def test_views_of_demonstrations_and_of_fixed_answers():
+    prompt, start = jnp.array([[0, 7, 8], [5, 6, 7]]), jnp.array([2, 3])
+    tokens, length = jnp.array([[3, 2, 0], [4, 3, 2]]), jnp.array([2, 3])
+    shown = losses.demonstrated(prompt, start, tokens, length)
+    np.testing.assert_array_equal(shown.mask, [[1, 1, 0], [1, 1, 1]])
+    encode = lambda text: [10 + int(letter) for letter in text]  # noqa: E731
+    view = losses.followed_by(prompt, start, tokens, length, says="1", question="90", encode=encode)
+    np.testing.assert_array_equal(view.prompt_length, [6, 8])
+    asked = [row[-n:].tolist() for row, n in zip(np.asarray(view.prompt_tokens), [6, 8], strict=True)]
+    assert asked == [[7, 8, 3, 2, 19, 10], [5, 6, 7, 4, 3, 2, 19, 10]]
+    np.testing.assert_array_equal(view.tokens, [[11], [11]])
+    np.testing.assert_array_equal(view.mask, [[1], [1]])
+    plain = losses.followed_by(prompt, start, tokens, length, says="1", encode=encode)
+    assert plain.prompt_length.tolist() == [4, 6]
+    with pytest.raises(ValueError, match="says is '', which has no tokens"):
+        losses.followed_by(prompt, start, tokens, length, says="", encode=encode)

@@ -46,6 +46,8 @@ VARIANTS = {
         {"label_smoothing": 0.2},
         {"length_normalised": True},
         {"surplus": 0.5},
+        {"surplus": 0.5, "length_normalised": True},
+        {"surplus": 0.5, "divergence": "jensen_shannon"},
         {"length_penalty": 0.05},
         *({"divergence": name} for name in ("forward_kl", "jensen_shannon", "alpha")),
     ],

@@ -1,7 +1,8 @@
-"""Losses of reward models, and RL against them: the worked examples of the cards in one program, and what holds."""
+"""Losses of reward models, and RL against them: the worked examples of the cards in one program, and laws."""
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import jax
@@ -43,7 +44,7 @@ POLAR = {"reward_scores": jnp.array([0.5, -0.5, -1, -0.75]), "preferred": jnp.ar
 WEAK = {"reward_scores": jnp.array([1, 0.5, -1, -0.3]), "weak_share": jnp.array([0.9, 0.4, 0.7, 0.2])}
 
 PIT = {
-    # Better and worse answers of two pairs: behind the other, and behind themselves.
+    # Better and worse answers of two pairs: after the other answer, and after themselves.
     "reward_partner_scores": jnp.array([1.5, -1, 0.2, 0.3]),
     "reward_itself_scores": jnp.array([0.1, -0.2, 0, 0.1]),
     "group": jnp.array([0, 0, 1, 1]),
@@ -59,7 +60,7 @@ REGRET = {
     "preferred": jnp.array([1.0, 0, 1, 0]),
 }
 SCORED = {"logprobs": jnp.array([[-0.5, -2, -0.1]]), "mask": jnp.ones((1, 3))}
-# Of the first sequence of the fixture against the second: a chosen answer that an opponent wrote is left.
+# The first sequence of the fixture against the second, with a chosen answer of the opponent.
 XPO = {
     "logprobs": jnp.array([[-12.0], [-7], [-20.25], [-5]]),
     "reference_logprobs": jnp.array([[-13.0], [-8], [-18.75], [-6]]),
@@ -79,7 +80,7 @@ CRITIC = {
 EXAMPLES = {
     "pit": (losses.gap_relations, PIT, 1.970835 * 2),
     "regret": (losses.regret_preference, REGRET, -np.log(0.880797) - np.log(0.377541)),
-    # by the sums of rewards alone: -2 against -1, and 1 against 0.5
+    # only by the sums of rewards: -2 against -1, and 1 against 0.5
     "regret, without values": (
         losses.regret_preference,
         {name: REGRET[name] for name in ("reward_values", "mask", "group", "preferred")},
@@ -88,7 +89,7 @@ EXAMPLES = {
     "moss, contrast": (
         partial(losses.sentence_contrast, temperature=0.5),
         {"contrast_scores": jnp.array([[1.0, 0], [0, 1], [1, 1], [7, 7]]), "own_place": jnp.arange(4)}
-        | {"candidates": jnp.broadcast_to(jnp.array([[1, 0.2], [0.1, 1], [0.8, 1], [0, 0]]), (4, 4, 2))}
+        | {"candidates": jnp.array([[1, 0.2], [0.1, 1], [0.8, 1], [0, 0]])}
         | {"weight": jnp.array([1.0, 1, 1, 0])},
         0.662494 * 3,
     ),
@@ -121,7 +122,7 @@ EXAMPLES = {
         SCORED | {"rating": jnp.array([[0.2, -0.6, -0.1]])},
         0.599603 * 3,
     ),
-    # DPO of the same pairs, of which the opponent wins the second, and its log-probability.
+    # DPO of the same pairs (the opponent wins the second), and its log-probability.
     "xpo": (partial(losses.exploratory_preference, alpha=0.01), XPO, 4 * 0.640249 + 0.01 * (-14.5 - 8.5 - 26 - 5.5)),
     "critique, verdict": (partial(rewards.critique_reward, form="verdict"), CRITIC, [1, -1, 1, -1, -1, 1, 1]),
     "critique": (rewards.critique_reward, CRITIC, [1.2, -1, 1.2, -1, -1, 0.2, 0.2]),
@@ -249,14 +250,14 @@ def test_worked_examples_in_one_program(compiled):
 
 
 def test_absent_rows_change_nothing(compiled):
-    """A row of weight 0, whatever it holds; in a group of its own, so that it makes no pair."""
+    """A row of weight 0 with arbitrary values, in a separate group, so that it is in no pair."""
 
     def longer(data):
         n = len(data["weight"])
         made = {}
         for name, value in data.items():
             fill = 0 if name == "weight" or value.dtype.kind in "ib" else jnp.nan
-            # An id that segment reductions over B know.
+            # An id below B, as segment reductions require.
             row = jnp.full((1, *value.shape[1:]), n if name == "group" else fill, value.dtype)
             made[name] = jnp.concatenate([value, row])
         return made
@@ -285,8 +286,30 @@ def test_gradients_are_finite_and_where_they_belong():
     for name in names:
         assert np.isfinite(slopes[name]).all(), name
         assert np.isfinite(at(60.0)[name]).all(), name
-    assert slopes["attributes"][0, 2] == 0  # nobody rated it
-    np.testing.assert_allclose(slopes["plackett-luce"][:3].sum(), 0.0, atol=1e-6)  # scores have no zero
+    assert slopes["attributes"][0, 2] == 0  # without a rating
+    np.testing.assert_allclose(slopes["plackett-luce"][:3].sum(), 0.0, atol=1e-6)  # invariant to a shift
+
+
+def _largest(jaxpr):
+    """Entries of the largest array of a program and of the programs inside it."""
+    is_jaxpr = lambda leaf: hasattr(leaf, "eqns") or hasattr(leaf, "jaxpr")  # noqa: E731
+    leaves = [leaf for e in jaxpr.eqns for leaf in jax.tree.leaves(e.params, is_leaf=is_jaxpr) if is_jaxpr(leaf)]
+    inside = [_largest(getattr(leaf, "jaxpr", leaf)) for leaf in leaves]
+    return max([*inside, *(math.prod(v.aval.shape) for e in jaxpr.eqns for v in e.outvars)], default=0)
+
+
+def test_what_compares_all_rows_or_tokens_holds_few_of_them_at_once():
+    """The gradient, too: 2048 rows in groups of 4, or 16 rows of 64 tokens."""
+    rows, group = jnp.zeros(2048), jnp.arange(2048) // 4
+    spread = lambda r: losses.score_spread(r, jnp.ones((2048, 1)), group).value  # noqa: E731
+    assert _largest(jax.make_jaxpr(jax.grad(spread))(rows).jaxpr) <= 64 * 2048
+    blend = schedules.implicit_blend(primary="a", reward_names=("a", "b"), form="preferences", inner_steps=2)
+    given = jnp.zeros((2048, 2)), jnp.zeros((2048, 4)), group, jnp.ones(2048), jnp.int32(0)
+    assert _largest(jax.make_jaxpr(blend.update)(blend.init(), *given).jaxpr) <= 64 * 2048
+    assert losses.embeddings_of_all(jnp.ones((2048, 4)), jnp.ones(2048))[0].shape == (2048, 4)
+    states, label = jnp.zeros((16, 64, 8)), jnp.tile(jnp.array([1.0, 0]), 8)
+    goal = lambda h: losses.goal_contrast(h, jnp.ones((16, 64)), group[:16] // 2, label, jnp.ones(16)).value  # noqa: E731
+    assert _largest(jax.make_jaxpr(jax.grad(goal))(states).jaxpr) <= 4 * 64 * 64
 
 
 def test_two_answers_are_bradley_terry():
@@ -312,7 +335,7 @@ def test_figures_of_reward_models_and_of_what_they_are_driven_to():
     assert (found["accuracy"], found["ties"]) == (0.25, 0.25)
     np.testing.assert_allclose(found["loss"], np.mean(np.logaddexp(0, [-0.5, 0.1, 0.4, 0])))
     assert found["length_correlation"] > 0.9
-    # Right as often as it says: p = 3/4, and three of four pairs in order.
+    # Calibrated: p = 3/4, and three of four pairs are in order.
     sure = [np.log(3.0)] * 3 + [0.0]
     assert evaluation.preference_metrics(sure, [0.0] * 3 + [np.log(3.0)])["calibration_error"] < 1e-12
     kl = [0.25, 1, 4, 9, 25, 64]
@@ -368,7 +391,7 @@ def test_a_view_of_two_answers_has_the_partner_s_in_front():
     made = losses.beside_partner(**rows, **pairs)
     np.testing.assert_array_equal(made.prompt_tokens[:2], [[0, 0, 0, 7, 3], [0, 0, 7, 1, 2]])
     np.testing.assert_array_equal(made.prompt_length[:2], [2, 3])
-    np.testing.assert_array_equal(made.mask, [[1, 1, 0], [1, 0, 0], [0, 0, 0], [0, 0, 0]])  # the others are no pair
+    np.testing.assert_array_equal(made.mask, [[1, 1, 0], [1, 0, 0], [0, 0, 0], [0, 0, 0]])  # the others are not pairs
     own = losses.beside_itself(**rows)
     np.testing.assert_array_equal(own.prompt_tokens[2], [8, 9, 4, 5, 6])
     np.testing.assert_array_equal(own.tokens, rows["tokens"])
@@ -390,7 +413,7 @@ def test_states_of_a_better_answer_point_to_its_goal_and_padding_does_not():
     found = losses.goal_contrast(states, mask, *pairs)
     spoiled = losses.goal_contrast(jnp.where(mask[..., None] > 0, states, 99.0), mask, *pairs)
     np.testing.assert_allclose(spoiled.value, found.value, rtol=1e-6)
-    # By the definition, a pair at a time: draws of two uniform numbers, the smaller the source.
+    # By the definition, pair by pair: two uniform draws, the smaller is the source.
     total = 0.0
     for better, worse in ((0, 1), (2, 3)):
         unit = [np.asarray(states[row][: int(mask[row].sum())]) for row in (better, worse)]
@@ -497,14 +520,14 @@ def test_rewards_count_more_after_a_step_that_pushed_out_the_front():
     names = ("right", "short")
     method = rewards.hypervolume_guided(objectives=names, reference=(0.0, 0.0), reward_names=names, every_steps=2)
     memory = method.init() | {"points": jnp.zeros((32, 2)).at[0].set(jnp.array([0.3, 0.2])), "count": jnp.int32(1)}
-    # The card's buffer and point, above its reference point and with the second objective turned round.
+    # The card's buffer and point, relative to its reference point and with the second objective negated.
     components = jnp.array([[0.3, 0.2], [0.5, 0.4], [9.0, 9.0]])
     given = (jnp.ones(3), components, jnp.array([1.0, 1, 0]))
     scaled, memory = jax.jit(method.update)(memory, *given, jnp.int32(2))
     gain = 0.4 * 0.3 - 0.3 * 0.2
     np.testing.assert_allclose(scaled, np.full(3, 0.5 + 1.5 * np.tanh(gain)), rtol=1e-6)
     assert memory["count"] == 2
-    for step, expected in ((3, scaled[0]), (4, 0.5)):  # it holds until the next point, which gains nothing more
+    for step, expected in ((3, scaled[0]), (4, 0.5)):  # it is constant until the next point, which adds nothing
         again, memory = jax.jit(method.update)(memory, *given, jnp.int32(step))
         np.testing.assert_allclose(again, np.full(3, expected), rtol=1e-6)
     assert memory["count"] == 2

@@ -1,4 +1,4 @@
-"""Verifiers of text: the worked example of each card, what cannot be read, and what is empty."""
+"""Verifiers of text: the worked example of each card, unreadable text, and empty text."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ EXAMPLES = [
         },
         [1, 0, 0, 0],
     ),
-    # An empty thought is a thought, a missing one is none.
+    # An empty thought counts as a thought, a missing one does not.
     (rewards.tag_format, {"completions": ["<think>\n\n</think>\n<answer>4</answer>", "<answer>4</answer>"]}, [1, 0]),
     (rewards.tag_format, {"completions": [THINK, "<think>\na</think>", ""], "grammar": "tags"}, [1, 0.25, 0]),
     (
@@ -320,7 +320,7 @@ EXAMPLES = [
         },
         [-3, 3],
     ),
-    # As Python writes calls; what is no call of a name with constants cannot be read.
+    # Calls in Python syntax; anything but a call of a name with constants is unreadable.
     (
         rewards.tool_calls_match,
         {
@@ -332,7 +332,7 @@ EXAMPLES = [
         },
         [1.5, 3, -3, -3, -3, -3],
     ),
-    # Two calls of one name: each reference call takes the nearest that is left; order of parameters is nothing.
+    # Two calls of one name: each reference call is matched with the nearest remaining call; parameter order is ignored.
     (
         rewards.tool_calls_match,
         {
@@ -392,7 +392,7 @@ def test_an_instruction(name, value, good, bad):
 
 
 def test_no_hyper_parameter_has_the_name_of_a_text():
-    """What names a text in the singular is called for each row."""
+    """A function with a text parameter in the singular is called for each row."""
     for name in rewards.__all__:
         function = getattr(rewards, name)
         if inspect.isfunction(function) and name != "checked_host_reward":
