@@ -29,7 +29,7 @@ from jaxrl_llm.models.cache import (
 )
 from jaxrl_llm.models.experts import OfStack
 from jaxrl_llm.models.latent import latent_values
-from jaxrl_llm.models.layer_runs import Run, cache_of_layer, in_runs, layer_runs
+from jaxrl_llm.models.layer_runs import Run, cache_of_layer, in_runs, layer_runs, whole_experts
 from jaxrl_llm.models.model import Model
 from jaxrl_llm.models.paged import PagedBlock, PagedCache, expanded, in_pages
 from jaxrl_llm.models.parameters import initialise
@@ -196,7 +196,7 @@ def _scanned_blocks(params, shared, x, router_choices, cache, keep):
     all_observed = []
     one_token = "runs" in params and cache is not None and x.shape[1] == 1
     for run, blocks in zip(layer_runs(config), in_runs(params, config)["runs"], strict=True):
-        whole = _whole_experts(blocks, config) if one_token else {}
+        whole = whole_experts(blocks, config) if one_token else {}
         (x, carried), observed = _run(blocks, whole, run, shared, (x, carried), router_choices, cache, keep)
         all_observed.append(observed)
     if isinstance(cache, Cache) and not isinstance(cache.layers, dict):
@@ -207,26 +207,6 @@ def _scanned_blocks(params, shared, x, router_choices, cache, keep):
 def _by_kind(layers: Any) -> Any:
     """Layers of a cache by the names of `TransformerConfig.caches`."""
     return layers if isinstance(layers, dict) else {"blocks": layers}
-
-
-def _whole_experts(blocks, config: TransformerConfig) -> dict[str, dict[str, Array]]:
-    """Experts of a run that one token a row reads from their stack, by stack and name, with one axis of layers.
-
-    A slice of the stack is no operand of the kernel of `ragged_dot`: it would be copied for each layer and token. On
-    GPUs, where that product computes all groups, a layer is cut out.
-    """
-    if config.experts is None or not config.experts.ragged or backend_in_use() == "gpu":
-        return {}
-    names = ("gate_up", "down", "gate_up_bias", "down_bias")
-    found = {
-        stack: {n: leaves[n] for n in names if n in leaves} for stack, leaves in blocks.items() if "router" in leaves
-    }
-    plain = lambda leaf: isinstance(leaf, jax.Array) and leaf.dtype == config.compute_dtype  # noqa: E731
-    return {
-        stack: {name: leaf.reshape(-1, *leaf.shape[2:]) for name, leaf in leaves.items()}
-        for stack, leaves in found.items()
-        if all(plain(leaf) for leaf in leaves.values())
-    }
 
 
 def _run(blocks, whole, run: Run, shared, carry, router_choices, cache, keep):
