@@ -337,6 +337,24 @@ def test_a_guide_learns_by_dpo_and_pays_the_tokens_of_the_policy(micro, tmp_path
 
 
 @pytest.mark.slow
+def test_the_critic_of_unpacked_ppo_begins_as_the_reward_model(micro, tmp_path):
+    config = micro("unpacked_ppo", "pairs")
+    model, policy = config.stages
+    model["training"]["steps"], policy["training"] = 10, {"steps": 3, "prompts_per_step": 8}
+    rates = {"reward": 0.005, "value": 1e-12}
+    networks = {name: replace(one, learning_rate=rates[name]) for name, one in config.networks.items()}
+    seen = whole_run(replace(config, stages=(model, policy), networks=networks), tmp_path / "run")
+    assert list(seen) == ["reward model", "reinforcement"]
+    for step in seen["reinforcement"]:
+        assert step["gradient_norm"] > 0
+        assert step["gradient_norm/value"] > 0
+        assert "gradient_norm/reward" not in step
+    reward, value = (restored_network(tmp_path / "run", name)[2] for name in ("reward", "value"))
+    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-8), value, reward)
+    assert np.abs(reward["head"]["weight"]).max() > 0
+
+
+@pytest.mark.slow
 def test_the_pairs_of_a_file_are_ordered_by_the_reward_model_of_a_run(micro, files, tmp_path, capsys):
     config = micro("reward_model_then_rl", "pairs")
     networks = {name: replace(one, learning_rate=0.005) for name, one in config.networks.items()}
