@@ -27,6 +27,7 @@ from jaxrl_llm.models.export import save_model
 from jaxrl_llm.models.transformer_config import TransformerConfig
 from jaxrl_llm.rollout.hidden_states import predicting_hidden
 from jaxrl_llm.run.batches import prompt_batches
+from jaxrl_llm.run.explain import trace
 from jaxrl_llm.run.problems import data_sets
 from jaxrl_llm.run.restored import restored_network
 from jaxrl_llm.run.setup import Parts, parts
@@ -127,6 +128,7 @@ def test_dpo_with_the_reference_of_its_file_is_dpo_without_a_reference(micro, fi
     (tmp_path / "scored.jsonl").write_text("".join(json.dumps(line) + "\n" for line in told))
     stored = replace(config, source=({"pairs": {"file": str(tmp_path / "scored.jsonl"), "groups_per_step": 8}},))
     assert not parts(stored).step.composition.networks
+    assert trace(parts(stored))["reference_logprobs"].shape == (16, 6)
     assert "reference" in built.step.composition.networks
     wanted, found = learned(config, 3), learned(stored, 3)
     for one, other in zip(wanted, found, strict=True):
