@@ -2,8 +2,8 @@
 
     python benchmarks/dpo_beside_trl.py --trl ENVIRONMENT/bin/python [--loss ipo] [--steps 20]
 
-Same weights, data, order, rate and clipping, float32; each under the interpreter of its own environment. The curves
-should differ by rounding alone. Exit status 1 where they differ by more than 1e-3 anywhere.
+Same weights, data, order, learning rate and clipping, float32; each with the interpreter of its own environment. The
+curves should differ only by rounding. Exit status 1 if they differ by more than 1e-3 at any step.
 """
 
 from __future__ import annotations

@@ -178,7 +178,7 @@ def printed(table: list[dict[str, Any]]) -> str:
             f"{'yes' if row['whole_array_in_program'] else 'no':>11}"
         )
     lines.append(f"a float32 [B, T, V] array would take {table[0]['whole_array_bytes'] / 2**20:.0f} MiB")
-    lines.append(f"the reference's forward pass alone takes {share:.2f}x the update step without a divergence")
+    lines.append(f"the forward pass of the reference takes {share:.2f}x the update step without a divergence")
     return "\n".join(lines)
 
 

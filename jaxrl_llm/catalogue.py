@@ -51,19 +51,21 @@ _PLAN_NEEDS = {
     "scaffolded": "scaffolds",
 }
 _TWO_ROUNDS = ("resume", "parallel_threads", "demonstration_prefix", "helped")
-EVERY_NEED = (
-    *every_need(),
-    *(
-        "replay",
-        "prefixes",
-        "environment",
-        "memory",
-        "several rounds",
-        "branches",
-        "views",
-        "choice of prompts",
-        "stages",
-    ),
+EVERY_NEED = tuple(
+    dict.fromkeys(
+        [
+            *every_need(),
+            "replay",
+            "prefixes",
+            "environment",
+            "memory",
+            "several rounds",
+            "branches",
+            "views",
+            "choice of prompts",
+            "stages",
+        ]
+    )
 )
 
 # Public helper functions that are not entries of recipes.

@@ -13,11 +13,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from jaxrl_llm import __version__
-from jaxrl_llm.bounds import shortened
 from jaxrl_llm.commands.data_options import add_data
 from jaxrl_llm.commands.evaluation_options import add_eval, add_report
 from jaxrl_llm.commands.model_options import add_merge, add_model_files, add_pairs
-from jaxrl_llm.commands.output import Lasting, unwrapped
+from jaxrl_llm.commands.output import Lasting, interrupts_kept, message_of, unwrapped
 from jaxrl_llm.shipped import config_path
 
 
@@ -40,7 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.outlives_output:
         sys.stdout, sys.stderr = Lasting(sys.stdout), Lasting(sys.stderr)
     try:
-        status, why = _status(options)
+        with interrupts_kept():
+            status, why = _status(options)
         _leave_others(status, why)
         sys.stdout.flush()
     except KeyboardInterrupt:
@@ -65,9 +65,9 @@ def _status(options: argparse.Namespace) -> tuple[int, str | None]:
         text = str(error) or "interrupted"
         print(f"\n{text}", file=sys.stderr)
         return 130, text
-    except BrokenPipeError:
-        return _CLOSED, "the reader of the output closed the pipe"
     except BaseException as error:
+        if isinstance(error.__context__ if isinstance(error, SystemExit) else error, BrokenPipeError):  # rich exits
+            return _CLOSED, "the reader of the output closed the pipe"
         if (ended := _foreseen(error, options)) is not None:
             return ended
         if _others() is None or isinstance(error, SystemExit):
@@ -115,8 +115,8 @@ def _failed(error: BaseException, options: argparse.Namespace, status: int) -> t
         if _others() is None:
             raise error
         traceback.print_exception(error)
-    print(f"error: {shortened(str(error), 4000)}", file=sys.stderr)
-    return status, str(error)
+    print(f"error: {(text := message_of(error))}", file=sys.stderr)
+    return status, text
 
 
 def _others():

@@ -11,7 +11,7 @@ from typing import Any
 from jaxrl_llm.experience import Method
 from jaxrl_llm.fields import TEXT
 from jaxrl_llm.network_names import compared_with
-from jaxrl_llm.ranges import Count, Natural, NonNegative, PositiveShare, Share, require_ranges
+from jaxrl_llm.ranges import Count, Natural, NonNegative, Positive, PositiveShare, Share, require_range, require_ranges
 from jaxrl_llm.signatures import name_of, names, on_host, required
 
 
@@ -30,8 +30,11 @@ class Reward:
     function: Callable[..., Any]
     weight: float = 1.0
     name: str = ""
-    deadline_s: float | None = None
+    deadline_s: Positive | None = None
     value_on_failure: float | None = None
+
+    def __post_init__(self):
+        require_ranges(self, f"reward {self.name or name_of(self.function)!r}")
 
     @property
     def on_host(self) -> bool:
@@ -53,8 +56,11 @@ class Fill:
     fields: str | tuple[str, ...]
     function: Callable[..., Any] | Method
     name: str = ""
-    deadline_s: float | None = None
+    deadline_s: Positive | None = None
     value_on_failure: float | None = None
+
+    def __post_init__(self):
+        require_ranges(self, f"fill {self.name or name_of(self.function)!r}")
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -90,6 +96,10 @@ class LossTerm:
     function: Callable[..., Any]
     coefficient: Any = 1.0
     name: str = ""
+
+    def __post_init__(self):
+        if isinstance(self.coefficient, Real):
+            require_range(float, self.coefficient, f"loss {self.name or name_of(self.function)!r}.coefficient")
 
     @property
     def coefficient_changes(self) -> bool:

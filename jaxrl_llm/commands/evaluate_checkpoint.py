@@ -315,7 +315,9 @@ def _evaluation_directories(path: Path) -> dict[str, Path]:
     """Evaluations under a path by name; a path that is itself an evaluation has the name ""."""
     if path.is_file() or (path / PROBLEMS).is_file():
         return {"": path}
+    if (after := path / "evaluations" / "after" / PROBLEMS).is_file():  # a run
+        return {"": after}
     found = {each.parent.name: each.parent for each in sorted(path.glob(f"*/{PROBLEMS}"))}
     if not found:
-        raise ValueError(f"{path} holds no {PROBLEMS}; give a directory that jaxrl eval --out wrote")
+        raise ValueError(f"{path} holds no {PROBLEMS}; give a directory that jaxrl eval --out wrote, or a finished run")
     return found

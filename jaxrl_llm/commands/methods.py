@@ -91,7 +91,7 @@ def _shortened(needs: Sequence[str]) -> list[str]:
         "stored distributions": "top tokens",
     }
     ends = " (model|states|answers|samples?|scores)$"
-    return [words.get(need) or re.sub(ends, "", need) for need in needs]
+    return [*dict.fromkeys(words.get(need) or re.sub(ends, "", need) for need in needs)]
 
 
 def _show_recipe(entry: dict[str, Any], *, also_function: bool) -> None:

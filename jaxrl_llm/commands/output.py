@@ -1,8 +1,15 @@
-"""Standard output that may be closed by its reader: a run then continues without output."""
+"""The terminal of a command: output that its reader may close while a run continues, and Ctrl-C that is never lost."""
 
 from __future__ import annotations
 
+import _thread
+import contextlib
+import sys
+import threading
+from collections.abc import Iterator
 from typing import Any
+
+from jaxrl_llm.bounds import shortened
 
 
 class Lasting:
@@ -32,3 +39,29 @@ class Lasting:
 def unwrapped(stream: Any) -> Any:
     """The stream that a `Lasting` one wraps; any other stream itself."""
     return stream.stream if isinstance(stream, Lasting) else stream
+
+
+def message_of(error: BaseException) -> str:
+    """The message of an error for the user; of a system error, its path and its cause."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{shortened(str(error.filename), 200)} cannot be used: {error.strerror}"
+    return shortened(str(error), 4000)
+
+
+@contextlib.contextmanager
+def interrupts_kept() -> Iterator[None]:
+    """A context in which Ctrl-C works while a callback of the garbage collector runs: Python only reports an exception
+    that is raised there, so it is raised once more."""
+    before = sys.unraisablehook
+
+    def reported(told: Any) -> None:
+        if isinstance(told.exc_value, KeyboardInterrupt):
+            threading.Timer(0.05, _thread.interrupt_main).start()  # after the callback
+        else:
+            before(told)
+
+    sys.unraisablehook = reported
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before

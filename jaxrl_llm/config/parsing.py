@@ -318,6 +318,8 @@ def _explained(problem: Mapping[str, Any]) -> str:
         return f"config key {where} is missing; add it"
     if problem["type"] == "value_error":
         return f"config: {problem['msg'].removeprefix('Value error, ')}"
+    if problem["type"] == "dataclass_type":
+        return f"config key {where} is {shown(problem['input'])}; it must be a mapping of keys"
     if problem["type"] == "tuple_type":
         return (
             f"config key {where} is {shown(problem['input'])}; it must be a list, such as [{shown(problem['input'])}]"

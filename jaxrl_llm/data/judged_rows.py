@@ -349,14 +349,14 @@ def _steps(record: Row, where: str, asked: Asked) -> list[Judged]:
 
 
 def _step_label(label: Any, where: str) -> float:
-    """A share between 0 and 1; NaN where nobody judged the step."""
+    """A number between 0 and 1; NaN for a step without a label."""
     if label is None:
         return float("nan")
     value = _number(int(label) if isinstance(label, bool) else label, "label", where)
     if not 0 <= value <= 1:
         raise ValueError(
-            f"{where} has label {value:g} of a step; it must be true or false, 1 or 0, a share between, or null where "
-            "nobody judged it"
+            f"{where} has label {value:g} of a step; it must be true, false, a number between 0 and 1, or null for "
+            "a step without a label"
         )
     return value
 

@@ -246,7 +246,7 @@ def completion_ids(tokenizer: Tokenizer, scratchpad: bool) -> Callable[[Record],
 def segment_ids(tokenizer: Tokenizer, segments: Sequence[Segment]) -> tuple[list[int], np.ndarray]:
     """(token ids of a conversation, [3, T] source, whether it is trained on, and turn of each).
 
-    Every segment is encoded alone, as it is sampled or appended.
+    Every segment is encoded separately, as it is sampled or appended.
     """
     ids: list[int] = []
     facts: list[tuple[int, bool, int]] = []

@@ -20,6 +20,7 @@ from jaxrl_llm.experience import Experience, Prompts
 from jaxrl_llm.models.model import Model
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.parallel.rules import RULES, Rules, constrain_rows, decoding, laid_out
+from jaxrl_llm.ranges import Count, NonNegative, ranged
 from jaxrl_llm.rewards.host import Reading, answered
 from jaxrl_llm.rollout import (
     Environment,
@@ -62,16 +63,17 @@ class Drawn(NamedTuple):
     episodes: dict[str, Any]
 
 
+@ranged
 def make_records(
     model: Model,
     grade: Grader,
     tokenizer: Tokenizer,
     *,
-    samples_per_problem: int,
-    max_prompt_tokens: int,
-    max_completion_tokens: int,
-    sequences_per_batch: int = 1152,
-    temperature: float = 1.0,
+    samples_per_problem: Count,
+    max_prompt_tokens: Count,
+    max_completion_tokens: Count,
+    sequences_per_batch: Count = 1152,
+    temperature: NonNegative = 1.0,
     overlong: Literal["error", "drop"] = "error",
     mesh: jax.sharding.Mesh | None = None,
     rules: Rules = RULES,

@@ -9,11 +9,14 @@ import numpy as np
 from jaxtyping import Float
 from scipy.stats import binomtest
 
+from jaxrl_llm.ranges import Count, Natural, ranged
+
 RESAMPLES = 2000
 
 
+@ranged
 def mean_intervals(
-    values: Float[np.ndarray, "N M"], *, level: float = 0.95, resamples: int = RESAMPLES, seed: int = 0
+    values: Float[np.ndarray, "N M"], *, level: float = 0.95, resamples: Count = RESAMPLES, seed: Natural = 0
 ) -> Float[np.ndarray, "M 2"]:
     """Bootstrap interval of the mean of each column, from `resamples` draws of N problems with replacement.
 
@@ -33,11 +36,13 @@ def mean_intervals(
       Lower and upper end of each column.
 
     Raises:
-      ValueError: for no problem, or a level outside of (0, 1).
+      ValueError: for no problem, NaN, or a level outside of (0, 1).
     """
     v = np.asarray(values, np.float64)
     if v.ndim != 2 or not len(v):
         raise ValueError(f"values has the shape {v.shape}; give one row for each of at least one problem")
+    if np.isnan(v).any():
+        raise ValueError("values holds NaN; leave out the problems to which the number does not apply")
     if not 0 < level < 1:
         raise ValueError(f"level={level} must lie in (0, 1), such as 0.95")
     count = len(v)

@@ -81,18 +81,16 @@ def _append(file: Path, records: Sequence[Mapping[str, Any]]) -> None:
 
 
 def read_problem_records(path: str | Path) -> list[dict[str, Any]]:
-    """The records of an evaluation's directory, or of its problems.jsonl; of a run, those after training.
+    """The records of an evaluation's directory, or of its problems.jsonl.
 
     Raises:
       ValueError: if there are none, or a line is not a record.
     """
-    file, after = Path(path), Path(path) / "evaluations" / "after" / PROBLEMS
-    if file.is_dir():
-        file = after if after.is_file() and not (file / PROBLEMS).is_file() else file / PROBLEMS
+    file = Path(path)
+    file = file / PROBLEMS if file.is_dir() else file
     if not file.is_file():
         raise ValueError(
-            f"{path} holds no {PROBLEMS}; give a directory that jaxrl eval --out wrote, a finished run, or one of "
-            "RUN/evaluations"
+            f"{path} holds no {PROBLEMS}; give a directory that jaxrl eval --out wrote, or RUN/evaluations/after"
         )
     records = []
     for number, line in enumerate(file.read_bytes().split(b"\n")[:-1], start=1):

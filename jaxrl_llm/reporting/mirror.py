@@ -1,13 +1,13 @@
 """A run directory at an address of fsspec (`s3://`, `gs://`, `az://`, `memory://`, ...), kept as a copy of a local one.
 
-A run works in a directory of this machine: records are appended there, and orbax writes checkpoints there. Complete
-files are copied to the address, in the background after each checkpoint and once more at the end. Records go before
-checkpoints, and the meta of a checkpoint after its arrays, so that whatever is there at any moment can be gone on from.
-Storage without appending, renaming or locks is enough.
+A run writes to a local directory: records are appended there, and orbax writes checkpoints there. Complete files are
+copied to the address, in the background after each checkpoint and once more at the end. Records are copied before
+checkpoints, and the meta file of a checkpoint after its arrays, so that the run can be resumed from the address at any
+time. The storage needs neither appending nor renaming nor locks.
 
-Of several processes that share no disk each has a local directory of its own, with the arrays that its devices hold.
-Each brings those and its own logs (`Share`); process 0 brings all else, and the meta of a checkpoint once all others
-have said that their arrays are there.
+If each of several processes has its own disk, each has a local directory with the arrays of its devices. It uploads
+these and its own logs (`Share`); process 0 uploads all other files, and the meta file of a checkpoint after all other
+processes have reported the upload of their arrays.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from jaxrl_llm.bounds import error_line
 from jaxrl_llm.reporting.ownership import FILE, owned_place
 from jaxrl_llm.reporting.shares import BROUGHT, Share, step_folder, step_folders, step_number
 
-_STATE, _COPY = ".mirror.json", ".copy"  # what was sent, here; which working copy the address was written from, there
-_PART = ".part-"  # and the number of a process: what it writes to a local folder before it is renamed
-_META = "meta/metadata"  # a checkpoint is whole when this is there
-_SAYS_SECONDS, _PATIENCE_SECONDS = 5.0, 60.0  # how often a process says that it goes on bringing, and is waited for
+_STATE, _COPY = ".mirror.json", ".copy"  # local: the copied files; at the address: its working copy
+_PART = ".part-"  # followed by the number of a process: a file in a local folder before it is renamed
+_META = "meta/metadata"  # a checkpoint with this file is complete
+_SAYS_SECONDS, _PATIENCE_SECONDS = 5.0, 60.0  # interval of reports during uploads, and patience
 
 
 class Mirror:
@@ -40,13 +40,13 @@ class Mirror:
 
     Args:
       address: of a run directory.
-      directory: the local one; `working_directory` of the address where left out.
+      directory: the local one; `working_directory` of the address by default.
       say: receives a message when the address cannot be written to during a run.
       share: of this process, if each of several processes has its own local directory; None if one process has all
           files.
 
     Raises:
-      ValueError: for an address that fsspec has no package for, naming it.
+      ValueError: if fsspec has no package for the address; names the package.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class Mirror:
             self.fs, self.root = fsspec.core.url_to_fs(address, use_listings_cache=False)
         except (ImportError, ValueError) as error:
             raise ValueError(
-                f"{address} cannot be reached: {error}; install what fsspec needs for it (gcsfs for gs://, s3fs for "
+                f"{address} cannot be reached: {error}; install the package for it (gcsfs for gs://, s3fs for "
                 "s3://, adlfs for az://), or give a local directory"
             ) from None
         self.address, self.say, self.share = address.rstrip("/"), say, share
@@ -74,20 +74,20 @@ class Mirror:
 
     @property
     def apart(self) -> bool:
-        """Whether each of several processes has a local directory of its own."""
+        """Whether each of several processes has its own local directory."""
         return self.share is not None
 
     def there(self) -> dict[str, int]:
         """Size of each file at the address by its name, without checkpoints whose meta file is missing.
 
         Raises:
-          ValueError: where the address cannot be reached.
+          ValueError: if the address cannot be reached.
         """
         try:
             found = self.fs.find(self.root, detail=True)
         except FileNotFoundError:
             return {}
-        except Exception as error:  # of the storage's own kinds
+        except Exception as error:  # storage libraries have their own types
             raise ValueError(
                 f"{self.address} cannot be reached: {error_line(error)}; restore access, or give another address"
             ) from error
@@ -102,7 +102,7 @@ class Mirror:
         }
 
     def started(self) -> bool:
-        """Whether the address holds a run, or the local directory holds one that is not yet copied to the address."""
+        """Whether the address has a run, or the local directory has one that is not yet copied to the address."""
         state = self._state()
         waits = bool(state["copy"]) and not state["share"] and (self.directory / "config.yaml").is_file()
         return "config.yaml" in self.there() or waits
@@ -119,16 +119,16 @@ class Mirror:
     def fetch(self) -> None:
         """Copy the run at the address to the local directory, unless the address was written from this directory.
 
-        In that case the local files are as new or newer, and nothing is fetched, except where they are only a share.
+        In that case the local files are as new or newer, and nothing is fetched, unless they are only a share.
 
         Raises:
           ValueError: if there is no run.
         """
         there = self.there()
         if "config.yaml" not in there and (self.directory / "config.yaml").is_file() and not self._state()["share"]:
-            return  # it could not be brought there yet
+            return  # not copied to the address yet
         if "config.yaml" not in there:
-            raise ValueError(f"{self.address} holds no run (there is no config.yaml); give the address of a run")
+            raise ValueError(f"{self.address} has no run (config.yaml is missing); give the address of a run")
         self.directory.parent.mkdir(parents=True, exist_ok=True)
         with (self.directory.parent / f".{self.directory.name}.lock").open("w") as lock:
             with contextlib.suppress(OSError):  # file systems without locks
@@ -196,7 +196,7 @@ class Mirror:
                 self.fs.rm_file(f"{self.root}/{name}")
             state["sent"].pop(name, None)
         folders = {str(folder) for name in gone for folder in PurePosixPath(name).parents} - {"."}
-        for folder in sorted(folders, key=len, reverse=True):  # what is not empty, or no folder, stays
+        for folder in sorted(folders, key=len, reverse=True):  # folders that are not empty remain
             with contextlib.suppress(OSError, NotImplementedError):
                 self.fs.rmdir(f"{self.root}/{folder}")
 
@@ -241,7 +241,7 @@ class Mirror:
         except FileNotFoundError:
             if not file.is_file():
                 return False
-            self.fs.makedirs(target.rpartition("/")[0], exist_ok=True)  # where folders are no part of a name
+            self.fs.makedirs(target.rpartition("/")[0], exist_ok=True)  # for storage with real folders
             self._put_whole(file, target)
         return True
 
@@ -293,7 +293,7 @@ class Mirror:
         If each of several processes has a share, process 0 owns the address, and waits for the others at the end.
 
         Raises:
-          OwnedError: when another process has it.
+          OwnedError: if another process owns it.
           ConnectionError: if the address cannot be written at the end; the local directory is complete.
         """
         self.fs.makedirs(self.root, exist_ok=True)
@@ -362,8 +362,8 @@ def changed_in_place(path: str | os.PathLike, say: Callable[[str], Any] = print)
 
     Raises:
       ValueError: if there is no run.
-      OwnedError: when a process writes to the address.
-      ConnectionError: where the address cannot be written at the end.
+      OwnedError: if another process writes to the address.
+      ConnectionError: if the address cannot be written at the end.
     """
     if not is_address(path):
         yield Path(path)
@@ -371,7 +371,7 @@ def changed_in_place(path: str | os.PathLike, say: Callable[[str], Any] = print)
     mirror = Mirror(os.fspath(path), say=say)
     mirror.fetch()
     with mirror.kept():
-        mirror.fetch()  # what its last owner has brought since
+        mirror.fetch()  # changes of the last owner
         yield mirror.directory
 
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from jaxrl_llm import data
 from jaxrl_llm.config import Config, RowsConfig, TaskConfig
-from jaxrl_llm.data import DataSet, DataSpec, Item, ProblemSet
+from jaxrl_llm.data import DataSet, DataSpec, Item, ProblemSet, Task
 from jaxrl_llm.data.row_files import SPLITS, first_row
 from jaxrl_llm.data.row_templates import rendered
 from jaxrl_llm.training.reading import columns_of
@@ -37,6 +37,24 @@ def columns(config: Config) -> frozenset[str]:
             first = first_row(path)
             found |= first if isinstance(first, dict) else {}
     return columns_of([{"raw": found}])
+
+
+def configured_task(config: TaskConfig) -> Task:
+    """The task of section task.
+
+    Raises:
+      ValueError: for an unknown task, option or level.
+    """
+    try:
+        made = data.tasks.task(config.name, **config.options)
+    except ValueError as error:
+        raise ValueError(f"task: {error}") from None
+    if outside := [level for level in config.levels if level not in made.levels]:
+        raise ValueError(
+            f"task.levels is {list(config.levels)}, but {made.name} has the levels {made.levels[0]} to "
+            f"{made.levels[-1]}; leave out {outside[0]}"
+        )
+    return made
 
 
 @contextlib.contextmanager

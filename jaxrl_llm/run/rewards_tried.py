@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
+import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,9 +15,10 @@ from jaxrl_llm.experience import FACTS, Experience
 from jaxrl_llm.fields import TEXT
 from jaxrl_llm.run.explain import trace
 from jaxrl_llm.run.setup import Parts
-from jaxrl_llm.signatures import required
+from jaxrl_llm.signatures import required, signature
 from jaxrl_llm.training.reading import Context, columns_of, read_values
 
+_SECONDS, _TOGETHER = 5.0, 500  # per verifier; rows of one call
 _READ_ANSWERS = frozenset(name for name in (*TEXT, *FACTS) if name.startswith("answer"))
 
 
@@ -42,6 +46,7 @@ def require_read(stages: Mapping[str, Parts], sets: Mapping[str, Mapping[str, An
     for name, parts in stages.items():
         require_answers(parts, sets[name])
         require_columns(parts, sets[name])
+        require_usable_answers(parts, sets[name])
 
 
 def require_columns(parts: Parts, sets: Mapping[str, Any]) -> None:
@@ -58,9 +63,54 @@ def require_columns(parts: Parts, sets: Mapping[str, Any]) -> None:
                 first = lacking[0]
                 raise ValueError(
                     f"{term.name!r} reads the column {name!r}, which {len(lacking):,} of {len(sets['train']):,} "
-                    f"training rows of {own.path} lack, such as row {first['item_id'] + 1} ({first['body'][:60]!r}); "
+                    f"training rows of {own.path} lack, such as row {_row_number(first)} ({first['body'][:60]!r}); "
                     f"add it (null where there is no value), or leave such rows out: data.where='{name} is defined'"
                 )
+
+
+def require_usable_answers(parts: Parts, sets: Mapping[str, Any]) -> None:
+    """Raise ValueError if a shipped verifier of completions and answers cannot use an answer of the user's training
+    rows, such as `number_match` a word. The rows are tried in order, for at most 5 seconds per verifier."""
+    if "train" not in sets or not (parts.config.data.path or parts.config.data.sources):
+        return
+    rows = sets["train"]
+    for term in parts.step.composition.rewards:
+        if not _of_answers(term.function) or term.value_on_failure is not None:
+            continue
+        until = time.monotonic() + _SECONDS
+        for start in range(0, len(rows), _TOGETHER):
+            part = [rows[index] for index in range(start, min(start + _TOGETHER, len(rows)))]
+            wrong = [] if _unusable(term.function, part) is None else [r for r in part if _unusable(term.function, [r])]
+            if wrong:
+                said = (_unusable(term.function, wrong[:1]) or "").replace(
+                    "of row 0", f"of row {_row_number(wrong[0])}"
+                )
+                raise ValueError(
+                    f"reward {term.name!r}: {said}. {len(wrong)} of the first {start + len(part):,} training rows "
+                    "cannot be used; data.where leaves rows out"
+                )
+            if time.monotonic() > until:
+                break
+
+
+def _of_answers(function: Any) -> bool:
+    while isinstance(function, partial):
+        function = function.func
+    shipped = inspect.isfunction(function) and function.__module__.startswith("jaxrl_llm.rewards.verifiers.")
+    return shipped and set(signature(function).required) == {"completions", "answers"}
+
+
+def _unusable(function: Any, rows: Sequence[Mapping[str, Any]]) -> str | None:
+    """Why a verifier cannot use the answers of rows; None if it can."""
+    try:
+        function(completions=[""] * len(rows), answers=[row["answer"] for row in rows])
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _row_number(row: Mapping[str, Any]) -> int:
+    return row["item_id"] + 1
 
 
 def try_rewards(parts: Parts, sets: Mapping[str, Any]) -> None:

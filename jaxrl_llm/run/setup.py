@@ -43,7 +43,7 @@ from jaxrl_llm.run.configured import (
 )
 from jaxrl_llm.run.machine import Target, chosen_mesh
 from jaxrl_llm.run.optimizers import optimizer, skipping_non_finite
-from jaxrl_llm.run.problems import columns, data_sets, naming_unreadable_data
+from jaxrl_llm.run.problems import columns, configured_task, data_sets, naming_unreadable_data
 from jaxrl_llm.run.recipes import credit_terms, entry_of, loss_terms, method, reward_terms, verdict_of
 from jaxrl_llm.run.sources import Feed
 from jaxrl_llm.terms import Reward, View
@@ -143,7 +143,7 @@ def parts(config: Config, target: Target | None = None, like: Parts | None = Non
     Raises:
       ValueError: for an unknown task or method, a name that nothing provides, or sizes that do not divide.
     """
-    task = None if config.task is None else data.tasks.task(config.task.name, **config.task.options)
+    task = None if config.task is None else configured_task(config.task)
     if like is None:
         directory, tokenizer, model = described_policy(config, planned=target is not None)
         if config.lora is not None:

@@ -130,7 +130,7 @@ def _train(
     started = time.monotonic()
     stages = [Stage(**described) for described in staged(config)]
     built = stages[-1].parts
-    _require_traced(stages)
+    _require_traced(stages, shared["trace"])
     if not resume and hosts.is_main():
         require_new(config.directory)
     report, logging = reporting_of(config, console)
@@ -217,9 +217,14 @@ def _require_same_data(config: Config, meta: dict[str, Any], fingerprint: Mappin
         )
 
 
-def _require_traced(stages: Sequence[Stage]) -> None:
-    """Raise ValueError for sizes that cannot work, and for a stop condition or a best checkpoint by a metric that is
-    not measured."""
+def _require_traced(stages: Sequence[Stage], profiled: StepTrace | None) -> None:
+    """Raise ValueError for sizes that cannot work, for a stop condition or a best checkpoint by a metric that is not
+    measured, and for a profile of steps that the run does not have."""
+    if profiled is not None and profiled.last > (steps := sum(stage.steps for stage in stages)):
+        raise ValueError(
+            f"--profile asks for steps {profiled.first} to {profiled.last}, but the run has {steps} (they count over "
+            "all stages, as in metrics.jsonl); choose earlier steps"
+        )
     for stage in stages:
         trace(stage.parts)
         config = stage.parts.config

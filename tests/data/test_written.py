@@ -213,7 +213,7 @@ def test_what_is_too_long_is_an_error_or_is_dropped_with_its_group(batch):
         (
             "steps",
             {"prompt": "A:1", "steps": ["1"], "labels": [-100]},
-            "label -100 of a step; it must be true or false",
+            "label -100 of a step; it must be true, false",
         ),
         ("rankings", {"prompt": "A:1", "completions": ["1", "2"], "ranks": [0]}, r"ranks \[0\]; give one for each"),
         ("rankings", {"prompt": "A:1", "completions": ["1", "2"], "ranks": [1, 1]}, "a tie, so neither"),

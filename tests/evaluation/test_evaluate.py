@@ -145,6 +145,12 @@ def test_other_keys_draw_other_samples(evaluate, params, metrics):
     assert other["completion_tokens"] != metrics["completion_tokens"]
 
 
+def test_sizes_and_temperatures_that_cannot_be_are_refused_when_it_is_built(model):
+    for given, message in (({"temperature": -1.0}, "temperature is -1.0"), ({"sequences_per_batch": 0}, "batch is 0")):
+        with pytest.raises(ValueError, match=message):
+            make_evaluate(model, GRADE, TOKENIZER, samples_per_problem=4, k=(1,), **{**SIZES, **given})
+
+
 @pytest.mark.parametrize("k", [(5,), (0, 1), (1, 8)])
 def test_a_k_that_the_samples_cannot_give_is_refused(model, k):
     with pytest.raises(ValueError, match=r"there are 4 samples a problem|at least 1"):

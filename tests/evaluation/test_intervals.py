@@ -32,6 +32,13 @@ def test_a_paired_difference_has_a_narrower_interval_than_its_sides():
     assert ends[1, 0] > 0
 
 
+def test_values_that_do_not_apply_and_no_resamples_are_refused():
+    with pytest.raises(ValueError, match="values holds NaN; leave out"):
+        mean_intervals(np.array([[1.0], [np.nan]]))
+    with pytest.raises(ValueError, match="resamples is 0; it must be at least 1"):
+        mean_intervals(np.ones((3, 1)), resamples=0)
+
+
 def test_the_same_seed_gives_the_same_and_a_constant_its_own_value():
     values = np.random.default_rng(3).random((50, 2))
     np.testing.assert_array_equal(mean_intervals(values), mean_intervals(values))

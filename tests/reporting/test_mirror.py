@@ -94,7 +94,7 @@ def test_a_checkpoint_without_its_meta_is_not_there(tmp_path, address, monkeypat
     here.say = said.append
     here.push_later()
     here._thread.join()
-    assert re.search(r"demo cannot be written now \(ConnectionError: the line is down\); the run goes on", said[0])
+    assert re.search(r"demo cannot be written now \(ConnectionError: the line is down\); the run continues", said[0])
     # Records first, then arrays, then metadata: until then another machine finds the previous checkpoint.
     assert sent[:2] == ["config.yaml", "metrics.jsonl"]
     assert sent[2].endswith("d/0")
@@ -126,7 +126,7 @@ def test_what_could_not_be_brought_at_the_end_is_brought_by_the_next_start(tmp_p
             write(mirror.directory, CHECKPOINT)
             monkeypatch.setattr(mirror.fs, "put_file", broken)
 
-    with pytest.raises(ConnectionError, match=r"503 Slow Down.*; the run is whole in .*here"):
+    with pytest.raises(ConnectionError, match=r"503 Slow Down.*here has the whole run"):
         trained()
     monkeypatch.setattr(mirror.fs, "put_file", put)
     again = Mirror(address, tmp_path / "here")
@@ -150,7 +150,7 @@ def test_what_is_changed_in_place_is_changed_at_the_address(tmp_path, address, m
     assert {name for name in here.there() if "/" in name} == {"checkpoints/2/meta/metadata"}
     here.fetch()  # the first machine now has an older copy
     assert "checkpoints/1/meta/metadata" not in files(here.directory)
-    with pytest.raises(ValueError, match="holds no run"), changed_in_place(f"{address}-other"):
+    with pytest.raises(ValueError, match="has no run"), changed_in_place(f"{address}-other"):
         pass
     with changed_in_place(tmp_path) as run:
         assert run == tmp_path
@@ -266,7 +266,7 @@ def test_what_is_no_run_is_refused(tmp_path, address, monkeypatch):
     assert working_directory(address) == tmp_path / "jaxrl_llm/runs/memory/bucket/runs/demo"
     assert local_copy(tmp_path) == tmp_path
     assert not is_address(tmp_path)
-    with pytest.raises(ValueError, match="memory://bucket/runs/demo holds no run"):
+    with pytest.raises(ValueError, match="memory://bucket/runs/demo has no run"):
         local_copy(address)
     with pytest.raises(ValueError, match="nowhere://a cannot be reached: Protocol not known: nowhere"):
         Mirror("nowhere://a")

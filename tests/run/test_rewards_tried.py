@@ -14,7 +14,7 @@ from jaxrl_llm.config import WarmStartConfig, parse_config
 from jaxrl_llm.data import CharacterTokenizer
 from jaxrl_llm.rewards import RewardError
 from jaxrl_llm.run.problems import data_sets
-from jaxrl_llm.run.rewards_tried import require_answers, require_columns, try_rewards
+from jaxrl_llm.run.rewards_tried import require_answers, require_columns, require_usable_answers, try_rewards
 from jaxrl_llm.run.setup import parts
 from jaxrl_llm.run.train import train
 
@@ -92,6 +92,20 @@ def test_a_reward_that_fails_says_so_before_a_step(made):
 def test_values_that_are_no_rewards_are_refused_before_a_step(made, reward, message):
     with pytest.raises(RewardError, match=message):
         try_rewards(*made(reward, {"hardness": 3}))
+
+
+def test_an_answer_that_a_verifier_cannot_use_is_named_with_its_row(micro_config, tmp_path):
+    lines = [{"prompt": f"A:{i}+1", "answer": str(i + 1) if i != 7 else "eight"} for i in range(60)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
+    tree = micro_config | {"task": None, "rewards": ["number_match"], "data": {"path": str(tmp_path / "a.jsonl")}}
+    tree |= {"warm_start": {}}
+    built = parts(parse_config(tree, vocabulary_size=CharacterTokenizer().vocabulary_size))
+    sets = data_sets(built.config)
+    assert "eight" in [row["answer"] for row in sets["train"]]
+    with pytest.raises(
+        ValueError, match=r"reward 'number_match': the reference answer of row 8 is 'eight', .* 1 of the"
+    ):
+        require_usable_answers(built, sets)
 
 
 def test_a_column_that_some_rows_lack_is_named_with_the_row(made):

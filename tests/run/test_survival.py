@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gc
 import io
 import json
 import os
@@ -490,6 +491,33 @@ def test_a_closed_pipe_has_a_status_of_its_own(monkeypatch):
     with contextlib.suppress(BrokenPipeError), open(write, "w") as closed, contextlib.redirect_stdout(closed):
         assert cli.main(["tasks", "--json"]) == 141
     assert replaced == [1]
+
+
+def test_a_closed_pipe_behind_rich_has_the_same_status(monkeypatch):
+    def show(options):
+        try:
+            raise BrokenPipeError
+        except BrokenPipeError:
+            raise SystemExit(1)  # noqa: B904 (as rich's console does)
+
+    monkeypatch.setattr(os, "dup2", lambda old, new: None)
+    monkeypatch.setattr("jaxrl_llm.commands.inventory.show_tasks", show)
+    assert cli.main(["tasks"]) == 141
+
+
+def test_ctrl_c_in_a_callback_of_the_garbage_collector_is_not_lost(monkeypatch, capsys):
+    def show(options):
+        def collected(phase, info):
+            gc.callbacks.remove(collected)
+            raise KeyboardInterrupt
+
+        gc.callbacks.append(collected)
+        gc.collect()
+        time.sleep(5)
+
+    monkeypatch.setattr("jaxrl_llm.commands.inventory.show_tasks", show)
+    assert cli.main(["tasks"]) == 130
+    assert capsys.readouterr().err == "\ninterrupted\n"
 
 
 @pytest.mark.slow

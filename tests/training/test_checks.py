@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from dataclasses import replace
 from functools import partial
 
@@ -18,6 +20,7 @@ from jaxrl_llm.rollout.capabilities import CAPABILITIES, ROWS, SAMPLERS, require
 from jaxrl_llm.rollout.environments import Environment
 from jaxrl_llm.rollout.hand_over import External
 from jaxrl_llm.rows import Replay, Written
+from jaxrl_llm.terms import Fill, LossTerm, Reward
 from jaxrl_llm.training import Placement, Resources, Rollout, Update, make_train_step
 from jaxrl_llm.training.checks import replayed_fields
 
@@ -253,3 +256,17 @@ def test_replayed_rows_of_conversations_keep_their_turns(bigram):
     assert replayed_fields(composed) == {"solved": "row", "turn": "token"}
     with pytest.raises(ValueError, match="names 'turn_rewards', which replayed rows do not have"):
         compose(bigram, source, losses=[of_turn_rewards])
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Reward(len, math.nan), "reward 'len'.weight is nan; it must be finite"),
+        (lambda: Reward(len, deadline_s=-1), "reward 'len'.deadline_s is -1; it must be above 0"),
+        (lambda: Fill("advantages", len, value_on_failure=math.inf), "fill 'len'.value_on_failure is inf"),
+        (lambda: LossTerm(len, math.nan), "loss 'len'.coefficient is nan; it must be finite"),
+    ],
+)
+def test_numbers_of_terms_are_checked_where_they_are_written(make, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        make()

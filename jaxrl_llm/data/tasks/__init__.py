@@ -27,7 +27,7 @@ from jaxrl_llm.data.tasks import (
     sorting,
     two_chains,
 )
-from jaxrl_llm.data.tasks import string_functions as composition  # training/ has a composition of its own
+from jaxrl_llm.data.tasks import string_functions as composition  # the file name composition.py is used in training/
 from jaxrl_llm.data.tasks.items import SPLITS, Item, Segment, Task, generate, record, reference_response, split_of
 
 __all__ = [

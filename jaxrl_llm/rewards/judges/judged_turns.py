@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxrl_llm.ranges import Count, ranged
 from jaxrl_llm.rewards.judges.asked import Judge
-from jaxrl_llm.rewards.judges.ratings import asked_judge, mean_vote, require_fields, stated
+from jaxrl_llm.rewards.judges.ratings import asked_judge, mean_vote, require_fields, require_order, stated
 
 STEP = (
     "Judge one step of an answer to the problem below, given the text before it.\n\n"
@@ -56,8 +56,7 @@ def judge_turns(
     Reference: thought-level process reward (2507.23317); Sotopia-RL (2508.03905); CALM (2409.12798).
     Certainty: recalled
     """
-    if lowest >= highest:
-        raise ValueError(f"highest is {highest} and lowest is {lowest}; highest must be above lowest")
+    require_order(lowest, highest)
     require_fields(template, prompt="", answer="", before="", step="", lowest="", highest="")
     asked = asked_judge(judge, votes)
 

@@ -62,8 +62,7 @@ def judge_rating(
     Reference: LLM as a judge (2306.05685).
     Certainty: recalled
     """
-    if lowest >= highest:
-        raise ValueError(f"highest is {highest} and lowest is {lowest}; highest must be above lowest")
+    require_order(lowest, highest)
     require_fields(template, prompt="", completion="", answer="", lowest="", highest="")
 
     def questions(prompts: Sequence[str], completions: Sequence[str], answers: Sequence[str]) -> list[str]:
@@ -101,13 +100,23 @@ def stated_rating(
       after: a text before the rating; only the text after its last occurrence is read, and without it there is no
         rating.
 
+    Raises:
+      ValueError: if lowest >= highest.
+
     Reference: LLM as a judge (2306.05685).
     Certainty: recalled
     """
+    require_order(lowest, highest)
     found = [
         None if text is None else stated(text, lowest=lowest, highest=highest, after=after) for text in verdict_text
     ]
     return [None if one is None else (one - lowest) / (highest - lowest) for one in found]
+
+
+def require_order(lowest: float, highest: float) -> None:
+    """Raise ValueError unless the lowest rating is below the highest."""
+    if lowest >= highest:
+        raise ValueError(f"highest is {highest} and lowest is {lowest}; highest must be above lowest")
 
 
 def stated(text: str, *, lowest: int, highest: int, after: str = "") -> float | None:
@@ -153,9 +162,13 @@ def expected_rating(
     Returns:
       One reward per row; NaN (does not apply) where all ratings have probability 0.
 
+    Raises:
+      ValueError: if lowest >= highest.
+
     Reference: LLM as a judge (2306.05685).
     Certainty: recalled
     """
+    require_order(lowest, highest)
     chex.assert_rank(rating_probs, 2)
     ratings = jnp.linspace(lowest, highest, rating_probs.shape[1])
     mass = rating_probs.sum(axis=1)

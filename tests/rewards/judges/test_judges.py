@@ -112,6 +112,9 @@ def test_answers_are_parsed_strictly():
     for prose in ('The rating is {"rating": 4}', "4", "[4]", "", "{" * 3000):
         assert parsed_object(prose) is None
     assert is_refusal("I\u2019m sorry, but no")
+    for rating in (rewards.stated_rating, rewards.expected_rating):
+        with pytest.raises(ValueError, match="highest must be above lowest"):
+            rating([], lowest=5, highest=1)
     assert rewards.stated_rating(["132=1", "1", "=1=0", "13=2"], lowest=0, highest=1, after="=") == [1, None, 0, None]
     assert rewards.stated_rating(['{"rating": 4}', "5", "7", "well, 4", '{"rating": true}', None]) == [
         0.75,
