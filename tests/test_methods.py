@@ -117,7 +117,7 @@ METHODS = {
     "KTO": ("kto", "bco"),
     "Fresh pairs": ("online_dpo", "iterative_dpo", "tr_dpo", "rso"),
     "Reward models": ("outcome_reward_model", "helpsteer_regression", "plackett_luce", "multi_attribute"),
-    "Reward models from pairs": ("helpsteer_preference", "polar", "rewarddance", "pairwise_rl"),
+    "Reward models from pairs": ("basereward", "helpsteer_preference", "polar", "rewarddance", "pairwise_rl"),
     "Weak-to-strong": ("weak_to_strong",),
     "Two answers at once": ("pit_gap_model", "pit_improver", "pit", "goal_conditioned"),
     "RL against reward models": ("cooper", "unpacked_ppo", "rto"),

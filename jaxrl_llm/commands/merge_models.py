@@ -13,7 +13,9 @@ from jaxtyping import PyTree
 
 from jaxrl_llm.commands.arguments import require_package
 from jaxrl_llm.commands.tables import show_report
-from jaxrl_llm.models import merging, save_model
+from jaxrl_llm.models import load_reward_model, merging, save_model, save_reward_model
+from jaxrl_llm.models.checkpoint_files import read_json
+from jaxrl_llm.models.sequence_classifiers import holds_reward_model
 from jaxrl_llm.run.directories import is_run
 from jaxrl_llm.run.restored import restored_policy, restored_run
 
@@ -48,7 +50,8 @@ def merge_models(
     """Write the merge of several models as a directory that `transformers` loads.
 
     Args:
-      paths: runs, checkpoints or model directories, of one architecture.
+      paths: runs, checkpoints or model directories, of one architecture; reward models are directories, such as those
+        that `jaxrl export --network` writes.
       out: new directory.
       method: average and slerp take no base; task, ties, dare and select scale changes from `base`.
       weights: one per model; for slerp only t; for ties and select only the scale of the merged change.
@@ -70,7 +73,11 @@ def merge_models(
     merged = _merged(
         [read[path][1] for path in paths], None if base is None else read[base][1], method, weights, share, seed
     )
-    files = save_model(out, merged, model.config, source=source)
+    if "head" in merged:
+        pad_id = read_json(Path(paths[0]) / "config.json").get("pad_token_id")
+        files = save_reward_model(out, merged, model.config, source=source, pad_id=pad_id)
+    else:
+        files = save_model(out, merged, model.config, source=source)
     return {
         "models": ", ".join(paths),
         "method": method,
@@ -126,7 +133,10 @@ def _require_options(paths: Sequence[str], method: str, weights: Any, base: str 
 
 
 def _read(path: str) -> tuple[Any, PyTree, Path | None]:
-    """(model, parameters with adapters merged, directory of its tokenizer) of a run or a model directory."""
+    """(model, parameters with adapters merged, directory of its tokenizer) of a run or a model directory; of a reward
+    model in the files of Hugging Face its head and backbone."""
+    if (Path(path) / "config.json").is_file() and holds_reward_model(path):
+        return *load_reward_model(path), Path(path)
     if is_run(Path(path)):
         built, policy = restored_run(path)
         source = built.directory

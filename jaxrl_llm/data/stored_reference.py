@@ -41,7 +41,8 @@ def stored_references(record: Mapping[str, Any], count: int, where: str) -> list
     """
     if record.get(NAME) is None:
         return None
-    said, sums = record[NAME], record.get("reference_tokens")
+    said: Any = record[NAME]
+    sums: Any = record.get("reference_tokens")
     lists = isinstance(said, Sequence) and isinstance(sums, Sequence) and len(said) == len(sums) == count
     if not lists or not all(isinstance(one, Sequence) and not isinstance(one, str) for one in said):
         raise ValueError(

@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxrl_llm.evaluation.evaluate import decoding_program
 from jaxrl_llm.experience import FACTS, Experience, Method, Prompts, TrainState
-from jaxrl_llm.fields import FIELDS, provided_by
+from jaxrl_llm.fields import kind_of, provided_by
 from jaxrl_llm.models.parameters import parameter_count
 from jaxrl_llm.rollout.host_environments import HostEnvironment
 from jaxrl_llm.rows import written_rows
@@ -160,7 +160,7 @@ def abstract_inputs(parts: Parts) -> tuple[TrainState, Work]:
             return None
         width, count = rollout.max_completion_tokens, c.written.rows
         several = {name: (numbers,) for name, numbers in c.written.widths}
-        per_row = {name: (width,) if FIELDS[name].kind == "token" else () for name in c.written.provides}
+        per_row = {name: (width,) if kind_of(name) == "token" else () for name in c.written.provides}
         known = {name: jnp.zeros((count, *shape, *several.get(name, ()))) for name, shape in per_row.items()}
         return written_rows(
             jnp.zeros((count, rollout.max_prompt_tokens), jnp.int32),

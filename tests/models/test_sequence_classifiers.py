@@ -211,3 +211,19 @@ def test_every_class_is_one_of_transformers():
 
     assert set(REWARD_MODELS) <= set(known.values())
     assert all(hasattr(transformers, name) for name in REWARD_MODELS)
+
+
+def test_reward_models_are_merged_with_their_heads(tmp_path):
+    """Extrapolation from a regression model, as in HelpSteer2-Preference: base + 1.5 (tuned - base)."""
+    config = TransformerConfig(VOCABULARY, width=12, layers=1, heads=2, kv_heads=1)
+    model, trees = transformer(config), {}
+    for number, name in enumerate(("base", "tuned")):
+        key = jax.random.key(number)
+        trees[name] = from_policy(model, model.init(key), key, HeadConfig())
+        save_reward_model(tmp_path / name, trees[name], config, pad_id=PAD)
+    given = ["merge", str(tmp_path / "tuned"), "--base", str(tmp_path / "base"), "--method", "task", "--weights", "1.5"]
+    assert main([*given, "--out", str(tmp_path / "out")]) == 0
+    _, found = load_reward_model(tmp_path / "out")
+    wanted = jax.tree.map(lambda base, tuned: base + 1.5 * (tuned - base), trees["base"], trees["tuned"])
+    jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, atol=1e-6), found, wanted)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["pad_token_id"] == PAD

@@ -27,6 +27,7 @@ from jaxrl_llm.models.export import save_model
 from jaxrl_llm.models.transformer_config import TransformerConfig
 from jaxrl_llm.rollout.hidden_states import predicting_hidden
 from jaxrl_llm.run.batches import prompt_batches
+from jaxrl_llm.run.explain import trace
 from jaxrl_llm.run.problems import data_sets
 from jaxrl_llm.run.restored import restored_network
 from jaxrl_llm.run.setup import Parts, parts
@@ -127,6 +128,7 @@ def test_dpo_with_the_reference_of_its_file_is_dpo_without_a_reference(micro, fi
     (tmp_path / "scored.jsonl").write_text("".join(json.dumps(line) + "\n" for line in told))
     stored = replace(config, source=({"pairs": {"file": str(tmp_path / "scored.jsonl"), "groups_per_step": 8}},))
     assert not parts(stored).step.composition.networks
+    assert trace(parts(stored))["reference_logprobs"].shape == (16, 6)
     assert "reference" in built.step.composition.networks
     wanted, found = learned(config, 3), learned(stored, 3)
     for one, other in zip(wanted, found, strict=True):
@@ -334,6 +336,24 @@ def test_a_guide_learns_by_dpo_and_pays_the_tokens_of_the_policy(micro, tmp_path
     assert "gradient_norm" not in guided[0]  # the policy waits
     for step in seen["reinforcement"]:
         assert step["gradient_norm"] > 0
+
+
+@pytest.mark.slow
+def test_the_critic_of_unpacked_ppo_begins_as_the_reward_model(micro, tmp_path):
+    config = micro("unpacked_ppo", "pairs")
+    model, policy = config.stages
+    model["training"]["steps"], policy["training"] = 10, {"steps": 3, "prompts_per_step": 8}
+    rates = {"reward": 0.005, "value": 1e-12}
+    networks = {name: replace(one, learning_rate=rates[name]) for name, one in config.networks.items()}
+    seen = whole_run(replace(config, stages=(model, policy), networks=networks), tmp_path / "run")
+    assert list(seen) == ["reward model", "reinforcement"]
+    for step in seen["reinforcement"]:
+        assert step["gradient_norm"] > 0
+        assert step["gradient_norm/value"] > 0
+        assert "gradient_norm/reward" not in step
+    reward, value = (restored_network(tmp_path / "run", name)[2] for name in ("reward", "value"))
+    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-8), value, reward)
+    assert np.abs(reward["head"]["weight"]).max() > 0
 
 
 @pytest.mark.slow
