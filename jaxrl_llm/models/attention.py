@@ -198,6 +198,11 @@ def _scores(queries: Float[Array, "B T K G H"], keys: Any) -> Float[Array, "B K 
     batch, length, kv_heads, group, _ = queries.shape
     stored, factor = keys if isinstance(keys, tuple) else (keys, None)
     rows = stored.shape[0]
+    if rows == batch:  # joined axes could not be split over devices, as the heads of latent attention are
+        scores = jnp.einsum(
+            "btkgh,bkhs->bktgs", queries, stored.astype(queries.dtype), preferred_element_type=jnp.float32
+        )
+        return (scores if factor is None else scores * factor[:, :, None]).swapaxes(2, 3)
     scores = jnp.einsum(
         "nkqh,nkhs->nkqs", _folded(queries, rows), stored.astype(queries.dtype), preferred_element_type=jnp.float32
     )
@@ -211,6 +216,11 @@ def _mixed(weights: Float[Array, "B K G T S"], values: Any, dtype: Any) -> Float
     batch, kv_heads, group, length, width = weights.shape
     stored, factor = values if isinstance(values, tuple) else (values, None)
     rows = stored.shape[0]
+    if rows == batch:
+        weights = weights.swapaxes(2, 3)
+        weights = weights if factor is None else weights * factor.swapaxes(-1, -2)[:, :, None]
+        mixed = jnp.einsum("bktgs,bksh->bktgh", weights.astype(dtype), stored.astype(dtype))
+        return mixed.swapaxes(1, 2)
     weights = weights.reshape(rows, batch // rows, kv_heads, group, length, width).transpose(0, 2, 1, 4, 3, 5)
     weights = weights.reshape(rows, kv_heads, -1, width)
     if factor is not None:

@@ -19,6 +19,7 @@ from jaxtyping import Array, Float
 from jaxrl_llm.models.cache import KeysAndValues, Rounded
 from jaxrl_llm.models.layer_kinds import LatentConfig
 from jaxrl_llm.models.projection import project
+from jaxrl_llm.parallel.rules import constrain
 
 # The norms of latents have their own epsilon.
 NORM_EPSILON = 1e-6
@@ -47,6 +48,7 @@ def latent_queries_and_keys(
     up = params["latent_up"][..., : latent.plain_width].astype(x.dtype)
     plain = jnp.einsum("btnp,rnp->btnr", plain, up)
     queries = jnp.concatenate([plain, rotated(turning[:, :, None])[:, :, 0]], axis=-1)[:, :, None]
+    queries = constrain(queries, "rows", "positions", None, "kv_heads")
     token = project(x, params["latent_down"])
     keys = jnp.concatenate(
         [norm(token[..., :rank], params["latent_norm"]), rotated(token[:, :, None, None, rank:])[:, :, 0, 0]], axis=-1

@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 from jaxrl_llm.models import TransformerConfig, logprobs, transformer
 from jaxrl_llm.models.attention import splash_attention
 from jaxrl_llm.models.experts import ExpertsConfig, expert_mlp, route
+from jaxrl_llm.models.layer_kinds import LatentConfig
 from jaxrl_llm.models.logprobs import token_statistics
 from jaxrl_llm.parallel import laid_out, make_mesh
 from jaxrl_llm.training.segments import abstract_like, parameter_shardings
@@ -116,6 +117,22 @@ def decoded(mesh) -> Any:
     return jax.jit(laid_out(states, mesh))(jax.device_put(params, mesh and parameter_shardings(model, mesh)))
 
 
+def latent_bytes(mesh) -> int:
+    """Temporary memory of a gradient through latent attention, most of which is scores of all heads."""
+    latent = LatentConfig(rank=8, rope_width=4, plain_width=4, value_width=4)
+    model = transformer(
+        TransformerConfig(32, width=16, layers=2, heads=8, kv_heads=8, head_width=4, latent=latent, qk_norm=False)
+    )
+    tokens = jax.ShapeDtypeStruct((1, 512), jnp.int32)
+
+    def total(params, tokens):
+        return model.apply(params, tokens, jnp.arange(512)[None], None)[0].sum()
+
+    shapes = abstract_like(jax.eval_shape(model.init, jax.random.key(0)), parameter_shardings(model, mesh))
+    compiled = jax.jit(laid_out(jax.grad(total), mesh)).lower(shapes, tokens).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
 def vocabulary_pass(mesh) -> dict[str, np.ndarray]:
     """The largest array with a whole vocabulary, and the largest that a loop over chunks communicates."""
     vocabulary = 4096
@@ -162,6 +179,7 @@ def main(path: str) -> None:
         f"decoded {n}|": decoded(mesh)
         for n, mesh in (("one", None), ("split", make_mesh(8, EXPERT_LAYOUTS["2 x 2 x 2"])))
     }
+    found |= {f"latent {n}|bytes": latent_bytes(make_mesh(n, {"tensor": n})) for n in (1, 8)}
     found |= {
         f"vocabulary|{k}": v for k, v in vocabulary_pass(make_mesh(8, {"fsdp": 2, "sequence": 2, "tensor": 2})).items()
     }
