@@ -222,7 +222,7 @@ def test_the_config_of_the_run_says_what_was_run(run, files):
         pytest.param("data.fields={qwestion: x}", "there is no field 'qwestion' to map", marks=pytest.mark.slow),
         pytest.param(
             "data.fields={answer: question, answer_from: text}",
-            "data.verifier is 'number', but the answer of item",
+            "reward 'number_match': the reference answer of row 1 is",
             marks=pytest.mark.slow,
         ),
         ("data.prompts=plain", "data.template_options is .* no chat template; set"),

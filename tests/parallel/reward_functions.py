@@ -22,7 +22,7 @@ def first_letter(completions):
 def vowel_share(completions, answers):
     """Share of vowels: on the host."""
     time.sleep(float(os.environ.get("REWARD_SECONDS", "0")))
-    if os.environ.get("REWARD_FAILS") and len(completions) > 1:  # not where it is tried on one row
+    if os.environ.get("REWARD_FAILS") and len(completions) > 2:  # not where it is tried on two rows
         raise RuntimeError("the judge is out of office")
     assert len(completions) == len(answers)
     return [sum(letter in "aeiouAEIOU02468" for letter in text) / len(text) for text in completions]
