@@ -18,7 +18,7 @@ from jaxrl_llm.models.adapters import plain_matrix
 from jaxrl_llm.models.attention import AttentionKind, KeyValues, attend
 from jaxrl_llm.models.cache import KeysAndValues, Recent, Windowed, of_layer, remembered, stored_at
 from jaxrl_llm.models.delta import delta_mixed
-from jaxrl_llm.models.experts import OfStack, expert_mlp, route
+from jaxrl_llm.models.experts import expert_mlp, route
 from jaxrl_llm.models.latent import NORM_EPSILON, latent_mixed, latent_queries_and_keys, latent_values
 from jaxrl_llm.models.paged import PagedBlock, paged_attention, written
 from jaxrl_llm.models.projection import project
@@ -249,9 +249,7 @@ def _mlp(params, config: TransformerConfig, x, choices):
         router = params["router"] if experts.scores == "sigmoid" else params["router"].astype(dtype)
         routing = route(asked, router, experts, choices, **{name: params.get(leaf) for name, leaf in given.items()})
         names = ["gate_up", "down"] + ["gate_up_bias", "down_bias"] * config.mlp_bias
-        matrices = {
-            name: leaf if isinstance(leaf := params[name], OfStack) else plain_matrix(leaf, dtype) for name in names
-        }
+        matrices = {name: plain_matrix(params[name], dtype) for name in names}
         added = expert_mlp(served, routing, gated=gated, ragged=experts.ragged, **matrices)
         if experts.own_norms:
             added = norm(added, params["experts_post_norm"])

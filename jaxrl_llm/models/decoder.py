@@ -27,9 +27,8 @@ from jaxrl_llm.models.cache import (
     replaced_row,
     taken_rows,
 )
-from jaxrl_llm.models.experts import OfStack
 from jaxrl_llm.models.latent import latent_values
-from jaxrl_llm.models.layer_runs import Run, cache_of_layer, in_runs, layer_runs, whole_experts
+from jaxrl_llm.models.layer_runs import Run, cache_of_layer, in_runs, layer_runs
 from jaxrl_llm.models.model import Model
 from jaxrl_llm.models.paged import PagedBlock, PagedCache, expanded, in_pages
 from jaxrl_llm.models.parameters import initialise
@@ -194,10 +193,8 @@ def _scanned_blocks(params, shared, x, router_choices, cache, keep):
         empty = init_cache(rows, length, config=replace(config, cache_dtype="compute")).layers
         carried = {name: jax.tree.map(lambda leaf: leaf[0], entry) for name, entry in empty.items()}
     all_observed = []
-    one_token = "runs" in params and cache is not None and x.shape[1] == 1
     for run, blocks in zip(layer_runs(config), in_runs(params, config)["runs"], strict=True):
-        whole = whole_experts(blocks, config) if one_token else {}
-        (x, carried), observed = _run(blocks, whole, run, shared, (x, carried), router_choices, cache, keep)
+        (x, carried), observed = _run(blocks, run, shared, (x, carried), router_choices, cache, keep)
         all_observed.append(observed)
     if isinstance(cache, Cache) and not isinstance(cache.layers, dict):
         carried = carried["blocks"]
@@ -209,13 +206,9 @@ def _by_kind(layers: Any) -> Any:
     return layers if isinstance(layers, dict) else {"blocks": layers}
 
 
-def _run(blocks, whole, run: Run, shared, carry, router_choices, cache, keep):
-    """One scan over layers of which every `run.period` are alike; experts in `whole` stay in their stack."""
+def _run(blocks, run: Run, shared, carry, router_choices, cache, keep):
+    """One scan over layers of which every `run.period` are alike."""
     config = shared.config
-    blocks = {
-        stack: {name: leaf for name, leaf in leaves.items() if name not in whole.get(stack, ())}
-        for stack, leaves in blocks.items()
-    }
     kinds = [run.every(values) for values in (config.windowed, config.rotated)]
 
     def body(carry, xs):
@@ -225,8 +218,6 @@ def _run(blocks, whole, run: Run, shared, carry, router_choices, cache, keep):
         observed = []
         for j, place in enumerate(run.places):
             block = jax.tree.map(lambda leaf, at=place.in_stack: leaf[at], blocks[place.stack])
-            in_stack = number * run.stacks[place.stack][1] + place.in_stack
-            block |= {name: OfStack(leaf, in_stack) for name, leaf in whole.get(place.stack, {}).items()}
             block = _with_stack_sharding(block, config, place.stack)
             # Where all layers are of one kind, the program knows it; else each reads its own from an array.
             windowed, rotated = (

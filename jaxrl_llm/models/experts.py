@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from typing import Annotated, Any, Literal, NamedTuple, get_args
+from typing import Annotated, Literal, NamedTuple, get_args
 
 import chex
 import jax
@@ -108,18 +107,6 @@ class ExpertsConfig:
         return self.product == "ragged" or (self.product == "auto" and backend_in_use() != "cpu")
 
 
-class OfStack(NamedTuple):
-    """The experts of one layer, among those of all layers: a kernel reads them there, and a slice would be a copy.
-
-    Attributes:
-      stack: matrices or biases of all layers, with a first axis of layers.
-      layer: the number of the layer.
-    """
-
-    stack: Array
-    layer: Int[Array, ""]
-
-
 class Routing(NamedTuple):
     """The experts of each token.
 
@@ -192,25 +179,17 @@ def _of_open_groups(ranked: Float[Array, "B T E"], experts: ExpertsConfig) -> Fl
 def expert_mlp(
     x: Float[Array, "B T D"],
     routing: Routing,
-    gate_up: Float[Array, "E D 2 M"] | OfStack,
-    down: Float[Array, "E M D"] | OfStack,
+    gate_up: Float[Array, "E D 2 M"],
+    down: Float[Array, "E M D"],
     *,
     gated: Callable[[Array, Array], Array],
     ragged: bool,
-    gate_up_bias: Float[Array, "E 2 M"] | OfStack | None = None,
-    down_bias: Float[Array, "E D"] | OfStack | None = None,
+    gate_up_bias: Float[Array, "E 2 M"] | None = None,
+    down_bias: Float[Array, "E D"] | None = None,
 ) -> Float[Array, "B T D"]:
-    """sum over a token's experts of weight * down(gated(gate(x), up(x))).
-
-    Where experts are `OfStack`, all of them are, and `ragged` is true; there is no gradient with respect to them.
-    """
-    parts: list[Any] = [gate_up, down]
-    parts += [] if gate_up_bias is None or down_bias is None else [gate_up_bias, down_bias]
-    layer = gate_up.layer if isinstance(gate_up, OfStack) else None
-    before: tuple[None, ...] = () if layer is None else (None,)
-    parts = [each.stack if isinstance(each, OfStack) else each for each in parts]
-    chex.assert_rank([x, *parts[:2]], [3, 4 + len(before), 3 + len(before)])
-    serve = partial(_ragged, layer=layer) if ragged else _dense
+    """sum over a token's experts of weight * down(gated(gate(x), up(x)))."""
+    chex.assert_rank([x, gate_up, down], [3, 4, 3])
+    serve = _ragged if ragged else _dense
 
     def served(first, experts, tokens):
         x, choices, weights = (leaf.reshape(-1, leaf.shape[-1]) for leaf in tokens)
@@ -218,20 +197,21 @@ def expert_mlp(
         return serve(x, choices - first, weights, experts, gated).reshape(tokens[0].shape)
 
     tokens = x, routing.choices, routing.weights.astype(x.dtype)
+    biases = () if gate_up_bias is None or down_bias is None else (gate_up_bias, down_bias)
     names = (("expert", None, None, "mlp"), ("expert", "mlp", None), ("expert", None, "mlp"), ("expert", None))
-    part_names = [(*before, *each) for each in names[: len(parts)]]
-    return map_parts(served, parts, tokens, "rows", "positions", part="expert", part_names=part_names)
+    parts = (gate_up, down, *biases)
+    return map_parts(served, parts, tokens, "rows", "positions", part_names=names[: len(parts)])
 
 
-def _ragged(x, choices, weights, experts, gated, layer=None):
+def _ragged(x, choices, weights, experts, gated):
     """Sort (token, expert) pairs by expert, so that each expert computes contiguous rows.
 
     Long batches are computed in equal parts, which bounds memory. Gradients of the experts are summed over the parts in
     float32.
     """
     parts = -(-x.size * choices.shape[1] // PAIRS_AT_A_TIME)
-    if parts <= 1 or layer is not None:
-        return _sorted_pairs(x, choices, weights, experts, gated, layer)
+    if parts <= 1:
+        return _sorted_pairs(x, choices, weights, experts, gated)
     wide = tuple(leaf.astype(jnp.float32) for leaf in experts)
 
     @jax.checkpoint
@@ -248,26 +228,23 @@ def _ragged(x, choices, weights, experts, gated, layer=None):
     return served.reshape(-1, x.shape[1])[: x.shape[0]]
 
 
-def _sorted_pairs(x, choices, weights, experts, gated, layer=None):
+def _sorted_pairs(x, choices, weights, experts, gated):
     gate_up, down, *biases = experts
-    per_token, (count, width, _, hidden) = choices.shape[1], gate_up.shape[-4:]
+    per_token, (count, width, _, hidden) = choices.shape[1], gate_up.shape
     # Pairs whose expert is elsewhere come last, belong to no run, and are kept out of results and gradients alike.
     choices = jnp.where((choices >= 0) & (choices < count), choices, count).ravel()
     order = jnp.argsort(choices, stable=True)
     here = (choices[order] < count)[:, None]
     sizes = jnp.bincount(choices, length=count)
-    of_row = jnp.minimum(choices[order], count - 1)
-    if layer is not None:  # the experts of the other layers have no rows
-        sizes = jax.lax.dynamic_update_slice(jnp.zeros(gate_up.shape[0] * count, sizes.dtype), sizes, (layer * count,))
-        of_row = of_row + layer * count
     rows = jnp.where(here, x[order // per_token], 0)
-    both = jax.lax.ragged_dot(rows, gate_up.reshape(-1, width, 2 * hidden), sizes)
+    both = jax.lax.ragged_dot(rows, gate_up.reshape(count, width, 2 * hidden), sizes)
+    of_row = jnp.minimum(choices[order], count - 1)
     if biases:
-        both = both + biases[0].reshape(-1, 2 * hidden)[of_row]
+        both = both + biases[0].reshape(count, 2 * hidden)[of_row]
     gate, up = jnp.split(jnp.where(here, both, 0), 2, axis=-1)
-    answers = jax.lax.ragged_dot(gated(gate, up), down.reshape(-1, hidden, width), sizes)
+    answers = jax.lax.ragged_dot(gated(gate, up), down, sizes)
     if biases:
-        answers = answers + biases[1].reshape(-1, width)[of_row]
+        answers = answers + biases[1][of_row]
     # The inverse permutation rather than a scatter-add: its order of summation is fixed.
     answers = jnp.where(here, answers, 0)[jnp.argsort(order)].reshape(-1, per_token, width)
     return (answers * weights[..., None]).sum(axis=1)

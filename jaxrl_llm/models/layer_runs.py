@@ -11,7 +11,6 @@ import jax
 from jaxtyping import Array, PyTree
 
 from jaxrl_llm.models.transformer_config import TransformerConfig
-from jaxrl_llm.parallel.backend import backend_in_use
 
 
 @dataclass(frozen=True)
@@ -104,26 +103,6 @@ def in_runs(params: PyTree, config: TransformerConfig) -> PyTree:
         for run in layer_runs(config)
     )
     return {name: leaf for name, leaf in params.items() if name not in config.stacks} | {"runs": runs}
-
-
-def whole_experts(blocks: PyTree, config: TransformerConfig) -> dict[str, dict[str, Array]]:
-    """Experts of a run that one token a row reads from their stack, by stack and name, with one axis of layers.
-
-    A slice of the stack is no operand of the kernel of `ragged_dot`: it would be copied for each layer and token. On
-    GPUs, where that product computes all groups, a layer is cut out.
-    """
-    if config.experts is None or not config.experts.ragged or backend_in_use() == "gpu":
-        return {}
-    names = ("gate_up", "down", "gate_up_bias", "down_bias")
-    found = {
-        stack: {n: leaves[n] for n in names if n in leaves} for stack, leaves in blocks.items() if "router" in leaves
-    }
-    plain = lambda leaf: isinstance(leaf, jax.Array) and leaf.dtype == config.compute_dtype  # noqa: E731
-    return {
-        stack: {name: leaf.reshape(-1, *leaf.shape[2:]) for name, leaf in leaves.items()}
-        for stack, leaves in found.items()
-        if all(plain(leaf) for leaf in leaves.values())
-    }
 
 
 def cache_of_layer(config: TransformerConfig) -> list[tuple[str, int]]:

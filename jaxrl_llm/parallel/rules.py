@@ -251,7 +251,6 @@ def map_parts(
     parts: Sequence[Array],
     split: PyTree,
     *names: str,
-    part: str,
     part_names: Sequence[tuple[str | None, ...]],
 ) -> Array:
     """The sum over devices of function(first, parts, split), where each device has some of `parts`.
@@ -267,16 +266,14 @@ def map_parts(
         so that it is added once.
       split: arrays whose first axes have `names`, all of one size in them.
       names: in the table.
-      part: the axis whose entries `function` is told the first number of.
-      part_names: of the axes of each of `parts`; the first of them has `part`.
+      part_names: of the axes of each of `parts`, all with the same first one.
     """
     ambient = _AMBIENT.get()
     if ambient is None:
         return function(0, parts, split)
     axes = axes_of(names, jax.tree.leaves(split)[0].shape[: len(names)], *ambient)
-    of_parts = [axes_of(given, leaf.shape, *ambient) for given, leaf in zip(part_names, parts, strict=True)]
-    at = part_names[0].index(part)
-    over = of_parts[0][at]
+    of_parts = [axes_of(given, part.shape, *ambient) for given, part in zip(part_names, parts, strict=True)]
+    over = of_parts[0][0]
     summed = tuple(dict.fromkeys(axis for dimensions in of_parts for some in dimensions for axis in some))
     manual = {axis for some in axes for axis in some} | {*summed}
     if not manual:
@@ -286,14 +283,14 @@ def map_parts(
     exchanged = tuple(axis for axis in summed if axis in axes[0])
     repeated = tuple(axis for axis in summed if axis not in axes[0])
 
-    def once(leaf, dimensions):
+    def once(part, dimensions):
         missing = [axis for axis in summed if not any(axis in some for some in dimensions)]
         first = [jax.lax.axis_index(axis) == 0 for axis in missing]
-        return jnp.where(jnp.stack(first).all(), leaf, 0) if first else leaf
+        return jnp.where(jnp.stack(first).all(), part, 0) if first else part
 
     def local(parts, split):
         with layout(None):
-            first = jax.lax.axis_index(over) * parts[0].shape[at] if over else 0
+            first = jax.lax.axis_index(over) * parts[0].shape[0] if over else 0
             if exchanged:
                 split = jax.tree.map(lambda x: jax.lax.all_gather(x, exchanged, axis=0, tiled=True), split)
             total = function(first, [once(*each) for each in zip(parts, of_parts, strict=True)], split)

@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 
 from jaxrl_llm.models import ExpertsConfig, TransformerConfig, load_balancing_loss, transformer
-from jaxrl_llm.models.experts import OfStack, expert_mlp, route
-from jaxrl_llm.parallel.backend import planned_for
+from jaxrl_llm.models.experts import expert_mlp, route
 
 COUNT, PER_TOKEN = 5, 2
 
@@ -59,40 +58,6 @@ def test_a_long_batch_is_served_in_parts_with_the_same_values_and_gradients(monk
     monkeypatch.setattr("jaxrl_llm.models.experts.PAIRS_AT_A_TIME", a["x"].size // 2)
     assert loops() > at_once
     chex.assert_trees_all_close(both(a), whole, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("biases", [False, True])
-def test_one_token_is_served_by_the_experts_of_a_layer_in_their_stack(biases):
-    a, biased = arrays(), {"gate_up_bias": (COUNT, 2, 4), "down_bias": (COUNT, 6)} if biases else {}
-    rng, x = np.random.default_rng(1), a.pop("x")[:, :1]
-    routing = route(x, a.pop("router"), ExpertsConfig(COUNT, PER_TOKEN))
-    layers = [a | {name: jnp.asarray(rng.standard_normal(biased[name]), jnp.float32) for name in biased}]
-    layers += [{name: leaf + 1 for name, leaf in layers[0].items()} for _ in range(2)]
-    stacked = {name: jnp.stack([layer[name] for layer in layers]) for name in layers[0]}
-    served = jax.jit(partial(expert_mlp, gated=lambda gate, up: jax.nn.silu(gate) * up, ragged=True))
-    for number in (0, 2):
-        of_stack = {name: OfStack(leaf, jnp.int32(number)) for name, leaf in stacked.items()}
-        np.testing.assert_allclose(
-            served(x, routing, **of_stack), served(x, routing, **layers[number]), rtol=1e-5, atol=1e-6
-        )
-
-
-@pytest.mark.parametrize("backend, layers", [("tpu", 3), ("gpu", 1)])
-def test_decoding_reads_experts_in_their_stack_where_a_kernel_can(backend, layers):
-    """Two periods of blocks: the groups of a ragged product are the experts of one layer, or of all in a loop."""
-    experts = ExpertsConfig(COUNT, PER_TOKEN, product="ragged", dense_layers=1, dense_width=5)
-    model = transformer(
-        TransformerConfig(9, width=6, layers=4, heads=1, kv_heads=1, mlp_width=4, layer_loop="scanned", experts=experts)
-    )
-    one = jnp.zeros((2, 1), jnp.int32)
-
-    def step(params):
-        return model.apply(model.for_decoding(params), one, one, model.init_cache(2, 3))
-
-    with planned_for(backend):
-        shapes = str(jax.make_jaxpr(step)(jax.eval_shape(model.init, jax.random.key(0))))
-    assert f"f32[{layers * COUNT},6,8]" in shapes
-    assert (f"f32[{3 * COUNT},6,8]" in shapes) == (layers == 3)
 
 
 def test_the_ragged_and_the_dense_product_have_the_same_gradient():

@@ -4,7 +4,6 @@ import math
 import re
 import sys
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -97,26 +96,6 @@ def experts(mesh, product: str) -> dict[str, np.ndarray]:
     return {"values": found, **{f"slope {name}": slope for name, slope in slopes.items()}}
 
 
-def decoded(mesh) -> Any:
-    """Hidden states of one token after the other, by layers of experts in a stack."""
-    experts = ExpertsConfig(4, 2, product="ragged", dense_layers=1, dense_width=24)
-    config = TransformerConfig(
-        32, width=16, layers=5, heads=4, kv_heads=2, mlp_width=8, layer_loop="scanned", mlp_bias=True, experts=experts
-    )
-    model = transformer(config)
-    tokens = jax.random.randint(jax.random.key(1), (8, 4), 0, 32)
-
-    def states(params):
-        params, cache, found = model.for_decoding(params), model.init_cache(8, 4), []
-        for t in range(4):
-            hidden, cache = model.apply(params, tokens[:, t : t + 1], jnp.full((8, 1), t), cache)
-            found.append(hidden)
-        return jnp.concatenate(found, axis=1)
-
-    params = model.init(jax.random.key(0))
-    return jax.jit(laid_out(states, mesh))(jax.device_put(params, mesh and parameter_shardings(model, mesh)))
-
-
 def latent_bytes(mesh) -> int:
     """Temporary memory of a gradient through latent attention, most of which is scores of all heads."""
     latent = LatentConfig(rank=8, rope_width=4, plain_width=4, value_width=4)
@@ -175,10 +154,6 @@ def main(path: str) -> None:
         for name, sizes in {"one": None, **EXPERT_LAYOUTS}.items():
             of = experts(sizes and make_mesh(8, sizes), product)
             found |= {f"experts {product}, {name}|{key}": value for key, value in of.items()}
-    found |= {
-        f"decoded {n}|": decoded(mesh)
-        for n, mesh in (("one", None), ("split", make_mesh(8, EXPERT_LAYOUTS["2 x 2 x 2"])))
-    }
     found |= {f"latent {n}|bytes": latent_bytes(make_mesh(n, {"tensor": n})) for n in (1, 8)}
     found |= {
         f"vocabulary|{k}": v for k, v in vocabulary_pass(make_mesh(8, {"fsdp": 2, "sequence": 2, "tensor": 2})).items()

@@ -157,9 +157,7 @@ def test_names_mean_nothing_outside_of_a_layout():
     double = lambda whole, split: whole * split  # noqa: E731
     np.testing.assert_array_equal(map_shards(double, 2.0, x, "rows"), 2 * x)
     product = lambda first, parts, split: (parts[0].sum() + first) * split  # noqa: E731
-    np.testing.assert_array_equal(
-        map_parts(product, [jnp.ones(3)], x, "rows", part="expert", part_names=[("expert",)]), 3 * x
-    )
+    np.testing.assert_array_equal(map_parts(product, [jnp.ones(3)], x, "rows", part_names=[("expert",)]), 3 * x)
 
 
 def test_inside_they_pin_what_divides_and_leave_the_rest():
