@@ -37,7 +37,7 @@ def shortened(text: str, most: int = LONGEST_MESSAGE) -> str:
 
 
 def error_line(error: BaseException) -> str:
-    """The type and the message of an error in one line of limited length.
+    r"""The type and the message of an error in one line of limited length.
 
     >>> error_line(ValueError("a\nb"))
     'ValueError: a b'

@@ -269,6 +269,12 @@ PANELS = (
                 "log_odds_ratio/<loss>", "nats", "pairs", "Log-odds of the preferred answer minus those of the other."
             ),
             Metric("score_gap/<loss>", "", "pairs", "Score of the preferred answer minus that of the other."),
+            Metric(
+                "divergence_gap/<loss>",
+                "nats",
+                "pairs",
+                "Divergence from the reference of the other answer minus that of the preferred one.",
+            ),
             Metric("regret_gap/<loss>", "", "pairs", "Regret of the other segment minus that of the preferred one."),
             Metric("same_goal/<loss>", "share", "pairs", "Chance that two preferred answers are of one goal."),
             Metric("other_goal/<loss>", "share", "pairs", "The same of a preferred answer and one that was not."),

@@ -31,7 +31,7 @@ def test_the_weakest_pairs_are_turned_and_the_next_ones_smoothed(tmp_path):
     read = judged_groups(str(path), "pairs", {}).groups
     assert [row.values["preferred"] for group in read for row in group] == [1.0, 0.0] * 6
     assert read[3][0].values["weight"] == 0.1
-    with pytest.raises(ValueError, match=r"flip is 0\.5 and smooth 0\.4"):
+    with pytest.raises(ValueError, match=r"flip is 0\.5 and smooth is 0\.4"):
         cleaned_pairs(groups, said, flip=0.5, smooth=0.4)
 
 

@@ -62,7 +62,7 @@ def test_buckets_that_cannot_be(parsed, overrides, message):
     ],
 )
 def test_rows_of_another_source_have_prompts_of_one_width(parsed, source):
-    with pytest.raises(ValueError, match=r"rows of another source have prompts of one width \(one_width\); leave"):
+    with pytest.raises(ValueError, match=r"rows of another source have prompts of one width \(one_width\); remove"):
         parts(parsed(BUCKETS, f"source={source}"))
 
 
