@@ -96,6 +96,7 @@ def test_labels_of_a_chain_are_its_chances(make_bigram):
     assert float(jnp.abs(state.networks["process"].params["head"]["weight"]).sum()) > 0
 
 
+@pytest.mark.slow
 def test_steps_may_be_read_from_the_text_of_completions(make_bigram):
     def a_word_a_step(completions, length):
         assert [len(text.split()) for text in completions] == length.tolist()

@@ -26,7 +26,7 @@ def rows(width):
     return tuple(jnp.asarray(x, jnp.int32) for x in (prompt, prompt_length, draw(2 * SAMPLES, width), length))
 
 
-@pytest.mark.parametrize("width", [1, WIDTH])
+@pytest.mark.parametrize("width", [pytest.param(1, marks=pytest.mark.slow), WIDTH])
 @pytest.mark.parametrize("more", [{}, {"window": 3}], ids=["full attention", "windowed"])
 def test_a_prompt_may_be_gone_through_once_for_its_samples(more, width):
     model = transformer(TransformerConfig(**SIZES, **more))

@@ -370,7 +370,7 @@ def resumed(choose, inner=None, samples=4, branches=2, **options):
     return resume(inner, choose=choose, samples_per_prompt=samples, branches=branches, **options)
 
 
-@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("trained", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("hint", [pytest.param("", marks=pytest.mark.slow), "b"])
 def test_a_branch_is_the_completion_that_goes_on_from_what_is_kept(model, params, trained, hint):
     prompts = make_prompts(4)

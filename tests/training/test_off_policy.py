@@ -119,7 +119,7 @@ def test_bad_options():
         Rollout(samples_per_prompt=2, off_policy_steps=2, **SIZES)
 
 
-@pytest.mark.parametrize("reward", [low, low_on_the_host])
+@pytest.mark.parametrize("reward", [low, pytest.param(low_on_the_host, marks=pytest.mark.slow)])
 def test_a_selection_chooses_the_prompts_that_are_sampled_ahead(bigram, make_prompts, reward):
     """Four items in turn: step n learns from the items that were chosen for it, and samples those of the next one."""
     in_turn = Selection(
