@@ -23,7 +23,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxrl_llm.parallel.backend import backend_in_use
-from jaxrl_llm.parallel.rules import ambient_layout, axes_of
+from jaxrl_llm.parallel.rules import ambient_layout, axes_of, shards
 
 AttentionChoice = Literal["auto", "plain", "xla", "cudnn", "splash"]
 AttentionKind = Literal["plain", "xla", "cudnn", "splash"]
@@ -194,11 +194,17 @@ def _folded(x: Array, rows: int) -> Array:
     return folded.reshape(rows, kv_heads, -1, size)
 
 
+def _split_group(kv_heads: int) -> bool:
+    """Whether devices share the query heads of one key, as in latent attention: their axis is then not joined with
+    others, since a joined axis could not be split."""
+    return kv_heads == 1 and shards("kv_heads") > 1
+
+
 def _scores(queries: Float[Array, "B T K G H"], keys: Any) -> Float[Array, "B K G T S"]:
     batch, length, kv_heads, group, _ = queries.shape
     stored, factor = keys if isinstance(keys, tuple) else (keys, None)
     rows = stored.shape[0]
-    if rows == batch:  # joined axes could not be split over devices, as the heads of latent attention are
+    if rows == batch and _split_group(kv_heads):
         scores = jnp.einsum(
             "btkgh,bkhs->bktgs", queries, stored.astype(queries.dtype), preferred_element_type=jnp.float32
         )
@@ -216,7 +222,7 @@ def _mixed(weights: Float[Array, "B K G T S"], values: Any, dtype: Any) -> Float
     batch, kv_heads, group, length, width = weights.shape
     stored, factor = values if isinstance(values, tuple) else (values, None)
     rows = stored.shape[0]
-    if rows == batch:
+    if rows == batch and _split_group(kv_heads):
         weights = weights.swapaxes(2, 3)
         weights = weights if factor is None else weights * factor.swapaxes(-1, -2)[:, :, None]
         mixed = jnp.einsum("bktgs,bksh->bktgh", weights.astype(dtype), stored.astype(dtype))
