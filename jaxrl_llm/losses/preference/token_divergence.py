@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import chex
 import jax
@@ -13,22 +13,12 @@ from jaxtyping import Array, Float, Int
 
 from jaxrl_llm.experience import Loss
 from jaxrl_llm.losses.aggregation import row_weight
+from jaxrl_llm.losses.divergences.divergence import divergence
 from jaxrl_llm.losses.preference.pairs import pairs_of
 from jaxrl_llm.losses.ratio import on_mask
 from jaxrl_llm.ranges import NonNegative, Positive, ranged
 
 SequentialForm = Literal["both", "worse"]
-
-
-def forward_divergence(log_p: Float[Array, "... V"], log_q: Float[Array, "... V"]) -> Float[Array, "..."]:
-    """KL(q || p) over the vocabulary, of the reference q to the policy p.
-
-    >>> uniform = jnp.log(jnp.full(2, 0.5))
-    >>> float(forward_divergence(uniform, uniform))
-    0.0
-    """
-    gap = jnp.maximum(log_q, -1e4) - jnp.maximum(log_p, -1e4)
-    return jnp.where(jnp.isneginf(log_q), 0.0, jnp.exp(log_q) * gap).sum(-1)
 
 
 @dataclass(frozen=True)
@@ -43,7 +33,7 @@ class SequentialDivergencePreference:
     beta: float
     alpha: float
     form: SequentialForm
-    over_vocabulary: Callable[[Array, Array], Array] = forward_divergence
+    over_vocabulary: Callable[[Array, Array], Array]
 
     def __call__(
         self,
@@ -59,14 +49,14 @@ class SequentialDivergencePreference:
         mask = mask.astype(jnp.float32)
         pairs = pairs_of(preferred, row_weight(mask), group)
         rho = (on_mask(logprobs, mask) - jax.lax.stop_gradient(on_mask(reference_logprobs, mask))).sum(-1)
-        divergence = on_mask(over_vocabulary, mask).sum(-1)
+        k = on_mask(over_vocabulary, mask).sum(-1)
         if self.form == "worse":
-            divergence = jnp.where(preferred == 1, jax.lax.stop_gradient(divergence), divergence)
-        z = self.beta * (pairs.gap(rho) + self.alpha * pairs.gap(divergence))
+            k = jnp.where(preferred == 1, jax.lax.stop_gradient(k), k)
+        z = self.beta * (pairs.gap(rho) + self.alpha * pairs.gap(k))
         metrics = {
             "preferred_share": (pairs.total(z > 0), pairs.count),
             "margin": (pairs.total(z), pairs.count),
-            "divergence_gap": (pairs.total(-pairs.gap(divergence)), pairs.count),
+            "divergence_gap": (pairs.total(-pairs.gap(k)), pairs.count),
         }
         return Loss(pairs.total(-jax.nn.log_sigmoid(z)), pairs.count, metrics)
 
@@ -101,4 +91,5 @@ def sequential_divergence_preference(
     """
     if form not in get_args(SequentialForm):
         raise ValueError(f"form is {form!r}; it must be one of {', '.join(get_args(SequentialForm))}")
-    return SequentialDivergencePreference(beta, alpha, form)
+    exact: Any = divergence(generator="forward_kl", samples="vocabulary")
+    return SequentialDivergencePreference(beta, alpha, form, exact.over_vocabulary)
