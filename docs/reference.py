@@ -106,6 +106,7 @@ TITLES = {
     "held out": "Written rows of the validation split",
     "network": "What networks say",
     "head": "What heads say",
+    "gradients": "Gradients before the update",
     "vocabulary": "Over the vocabulary",
     "learner": "While learning",
     "step": "The step",

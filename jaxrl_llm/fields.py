@@ -16,9 +16,10 @@ from jaxrl_llm.experience import Experience
 from jaxrl_llm.network_names import HEADS, compared_with, score_named
 from jaxrl_llm.shipped import nearest
 
-# scalar []; row [B]; token [B T]; either: row or token, a row's value is broadcast; vector [B ...]; prompt [B P];
-# batch [B ...]: an entry for each row of the batch, all of which a loss sees on any part of the batch.
-Kind = Literal["scalar", "row", "token", "either", "vector", "prompt", "batch"]
+# scalar []; reward [K], one number per reward function; row [B]; token [B T]; either: row or token, a row's value is
+# broadcast; vector [B ...]; prompt [B P]; batch [B ...]: an entry for each row of the batch, all of which a loss sees
+# on any part of the batch.
+Kind = Literal["scalar", "reward", "row", "token", "either", "vector", "prompt", "batch"]
 
 
 class Field(NamedTuple):
@@ -67,6 +68,7 @@ PROVIDERS = {
     "head": "a critic provides it: a network with a head, configured in section networks",
     "learner": "only losses can read it: it belongs to the network that learns",
     "vocabulary": "an entry of credit may read it, together with tokens only",
+    "gradients": "only credit can read it, in steps with rewards and a loss on the policy",
     "step": "every step provides it",
     "metrics": "only coefficients and schedules can read it",
     "text": "only readings and rewards can read it: they run on the host",
@@ -191,6 +193,13 @@ _ROWS: Any = (
     ("prompt_mask", "prompt", "network", "1 on prompt tokens after the first"),
     ("token_reward_logits", "token", "head", "output of the token reward model for each token"),
     ("log_probabilities", "vector", "vocabulary", "the policy's log-softmax over the vocabulary, a chunk at a time"),
+    # gradients before the update
+    (
+        "reward_influence",
+        "reward",
+        "gradients",
+        "inner product of the policy gradient of each single reward with the sum of those of all rewards",
+    ),
     # while learning
     ("logprobs", "token", "learner", "log-probabilities under the policy that learns"),
     ("entropy", "token", "learner", "entropy of the policy that learns, in nats"),
@@ -259,6 +268,7 @@ _NEEDS = {
     **dict.fromkeys(("scaffold_tokens", "scaffold_length"), "scaffolds"),
     **dict.fromkeys(("top_tokens", "top_logprobs"), "stored distributions"),
     **dict.fromkeys(("alignment", "validation_gradient"), "meta-gradient"),
+    "reward_influence": "gradients of single rewards",
     **dict.fromkeys(("preferred", "rating", "margin", "rank", "step_labels"), "judged rows"),
 }
 FIELDS: dict[str, Field] = {row[0]: Field(*row)._replace(need=_NEEDS.get(row[0], "")) for row in _ROWS}

@@ -198,6 +198,21 @@ def at_turns(
     return jnp.where(taken, found, 0.0), taken
 
 
+def gaussian_heads(reward_scores: Float[Array, "B 2K"]) -> tuple[Float[Array, "B K"], Float[Array, "B K"]]:
+    """(means, deviations) of K heads: the first half of the outputs, and the exponential of the second.
+
+    Raises:
+      ValueError: for an odd number of outputs.
+    """
+    if reward_scores.ndim != 2 or reward_scores.shape[1] % 2:
+        raise ValueError(
+            f"the head has scores of shape {reward_scores.shape}; K Gaussian heads are 2K outputs: K means, then K "
+            "logarithms of deviations (networks: {reward: {head: {outputs: 10}}})"
+        )
+    mean, log_deviation = jnp.split(reward_scores.astype(jnp.float32), 2, axis=1)
+    return mean, jnp.exp(log_deviation)
+
+
 def _check(values, group, weight):
     chex.assert_rank([values, group, weight], 1)
     chex.assert_equal_shape([values, group, weight])

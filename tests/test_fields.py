@@ -133,7 +133,7 @@ def test_every_row_has_a_provider_that_says_what_to_do_and_a_meaning():
     for name, field in FIELDS.items():
         assert field.provider in PROVIDERS, name
         assert field.meaning, name
-        assert field.kind in ("scalar", "row", "token", "either", "vector", "prompt", "batch"), name
+        assert field.kind in ("scalar", "reward", "row", "token", "either", "vector", "prompt", "batch"), name
     assert {field.provider for field in FIELDS.values()} | {"held out"} == set(PROVIDERS)
 
 

@@ -31,7 +31,7 @@ from jaxrl_llm.losses.policy.outcome import (
 from jaxrl_llm.losses.policy.sequence_surrogates import sequence_clipped_surrogate
 from jaxrl_llm.losses.policy.surrogates import cispo, clipped_surrogate, policy_gradient, sapo
 from jaxrl_llm.losses.policy.valuation import mean_log_ratio, random_policy_valuation
-from jaxrl_llm.losses.preference.bradley_terry import bradley_terry
+from jaxrl_llm.losses.preference.bradley_terry import bradley_terry, gaussian_bradley_terry
 from jaxrl_llm.losses.preference.discriminative import decoupled_reward, group_trust_region
 from jaxrl_llm.losses.preference.dpo import dpo
 from jaxrl_llm.losses.preference.goal_contrast import goal_contrast, goal_quality
@@ -139,6 +139,7 @@ __all__ = [
     "forking_mask",
     "forking_tokens",
     "gap_relations",
+    "gaussian_bradley_terry",
     "generator",
     "goal_contrast",
     "goal_quality",

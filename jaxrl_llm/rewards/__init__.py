@@ -11,7 +11,7 @@ from jaxrl_llm.rewards.combination.gates import (
     outcome_gated_sum,
     trusted_sum,
 )
-from jaxrl_llm.rewards.combination.sums import annealed_sum, blended_rewards, ensemble_score, floored_sum, robust_score
+from jaxrl_llm.rewards.combination.sums import annealed_sum, blended_rewards, ensemble_score, floored_sum
 from jaxrl_llm.rewards.combination.weighted_sum import weighted_sum
 from jaxrl_llm.rewards.guarded import Guarded
 from jaxrl_llm.rewards.host import RewardError, checked_host_reward
@@ -52,7 +52,7 @@ from jaxrl_llm.rewards.intrinsic.votes import (
 from jaxrl_llm.rewards.judges.asked import Judge, JudgeError
 from jaxrl_llm.rewards.judges.judged_turns import judge_turns
 from jaxrl_llm.rewards.judges.ratings import expected_rating, judge_rating, judge_rubric, stated_rating
-from jaxrl_llm.rewards.judges.reward_models import learned_reward, step_value
+from jaxrl_llm.rewards.judges.reward_models import learned_reward, robust_score, step_value
 from jaxrl_llm.rewards.judges.tournaments import judge_tournament
 from jaxrl_llm.rewards.judges.verdict_rewards import (
     attribute_reward,

@@ -161,7 +161,10 @@ def abstract_inputs(parts: Parts) -> tuple[TrainState, Work]:
         width, count = rollout.max_completion_tokens, c.written.rows
         several = {name: (numbers,) for name, numbers in c.written.widths}
         per_row = {name: (width,) if kind_of(name) == "token" else () for name in c.written.provides}
-        known = {name: jnp.zeros((count, *shape, *several.get(name, ()))) for name, shape in per_row.items()}
+        known = {
+            name: jnp.zeros((count, *shape, *several.get(name, ())), jnp.int32 if name.endswith("_tokens") else None)
+            for name, shape in per_row.items()
+        }
         return written_rows(
             jnp.zeros((count, rollout.max_prompt_tokens), jnp.int32),
             jnp.ones(count, jnp.int32),

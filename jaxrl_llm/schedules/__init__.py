@@ -19,7 +19,7 @@ from jaxrl_llm.schedules.mixing import (
     mixing_weight,
     success_by_entropy,
 )
-from jaxrl_llm.schedules.objectives import influence_weights
+from jaxrl_llm.schedules.objectives import influence_weighted, influence_weights
 from jaxrl_llm.schedules.temperatures import steering_temperature, temperature_controller
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "imitation_by_entropy",
     "implicit_blend",
     "implicit_gradient",
+    "influence_weighted",
     "influence_weights",
     "linear_decay",
     "mixing_weight",

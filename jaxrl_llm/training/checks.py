@@ -110,6 +110,7 @@ def _check_names(c: Composition) -> None:
         available |= provided_by("rewards")
     if c.rollout is not None:
         available |= c.plan.provides
+    gradients = provided_by("gradients") if c.rewards and POLICY in c.learning else frozenset()
     readers = [*(t.function for t in c.losses), *(t.coefficient for t in c.losses if t.coefficient_changes)]
     for index, term in enumerate(c.credit):
         later = [*(t.function for t in c.credit[index + 1 :]), *readers, *(view.function for view in c.views.values())]
@@ -126,7 +127,7 @@ def _check_names(c: Composition) -> None:
         else:
             if not term.on_host:
                 _require_arrays(term.function, what, c.resources.columns, available | heads)
-            _require_names(term.function, what, available | (text if term.on_host else frozenset()), heads)
+            _require_names(term.function, what, available | (text if term.on_host else gradients), heads)
             _require_views(c, term.function, what, available)
         if c.samples == 1 and "advantages" in term.names and "group" in names(term.function):
             raise ValueError(

@@ -9,19 +9,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, PyTree
+from jaxtyping import Array
 
 from jaxrl_llm.experience import Experience, Method, TrainState
 from jaxrl_llm.fields import FIELDS, METRIC, check_shape, kind_of, provided_by
 from jaxrl_llm.parallel.rules import constrain_rows
 from jaxrl_llm.rewards import weighted_sum
-from jaxrl_llm.schedules import gradient_alignment
 from jaxrl_llm.signatures import call, required
-from jaxrl_llm.terms import Fill, LossTerm, Reward
+from jaxrl_llm.terms import Fill, Reward
 from jaxrl_llm.training.checks import available_before_rewards
 from jaxrl_llm.training.composition import Composition
-from jaxrl_llm.training.learn import Objective, parts_of
-from jaxrl_llm.training.networks import POLICY
+from jaxrl_llm.training.gradients import reward_influence
 from jaxrl_llm.training.reading import reading_part, view_part
 from jaxrl_llm.training.scores import over_vocabulary, viewed
 from jaxrl_llm.training.segments import Traced, Work
@@ -150,6 +148,8 @@ def credit_parts(c: Composition) -> list[Any]:
     score(known - set(coming))
     if any(term.over_vocabulary for term in c.credit):
         parts.append(Traced("vocabulary", partial(_by_vocabulary, c)))
+    if provided_by("gradients") & required([term.function for term in c.credit]):
+        parts.append(Traced("gradients", partial(reward_influence, c)))
     for index, term in enumerate(c.credit):
         if required([term.function]) & pending:
             score(known)
@@ -184,6 +184,7 @@ def _filled(c: Composition, index: int, term: Fill, state: TrainState, work: Wor
     rows: Experience = work["rows"]
     memory = dict(work["memory"])
     provided = rows.known() | {"step": state.step}
+    provided |= {name: work[name] for name in provided_by("gradients") if name in work}
     if term.over_vocabulary:
         value = work["vocabulary"][index]
     elif isinstance(term.function, Method):
@@ -267,43 +268,6 @@ def _absent_rows(state: TrainState, work: Work) -> Work:
 
 
 # ---- coefficients ---------------------------------------------------------------------------------------------------
-
-
-def measured_alignment(c: Composition, state: TrainState, batch: Experience) -> Array:
-    """`alignment` every `alignment_every_steps` steps, 0 at the others."""
-    due = state.step % c.update.alignment_every_steps == 0
-    return jax.lax.cond(due, partial(alignment, c), lambda state, batch: jnp.float32(0.0), state, batch)
-
-
-def alignment(c: Composition, state: TrainState, experience: Experience) -> Array:
-    """`schedules.gradient_alignment` of this batch: whether the losses on written rows would lower a held-out loss
-    faster.
-
-    The held-out loss consists of the losses on written rows, on the rows marked by `validation`, whose weight is
-    otherwise 0.
-    """
-    supervised = tuple(t for t in c.losses if t.on_written)
-    others = tuple(t for t in c.losses if not t.on_written)
-    all_parts = parts_of(c, state)
-
-    def policy_gradient(terms: tuple[LossTerm, ...], rows: Experience) -> PyTree:
-        objective = Objective(c, terms)
-        fixed = {name: part for name, part in all_parts.items() if name != POLICY}
-        factors = [jnp.float32(1.0 if t.coefficient_changes else t.coefficient) for t in terms]
-
-        def value(part: PyTree) -> Array:
-            trained = {POLICY: part} | fixed
-            return objective.value(trained, state, rows, objective.denominators(rows), factors)[0]
-
-        return jax.grad(value)(all_parts[POLICY])
-
-    held_out = replace(experience, weight=experience["validation"])
-    return gradient_alignment(
-        policy_gradient(supervised, held_out),
-        policy_gradient(supervised, experience),
-        policy_gradient(others, experience),
-        learning_rate=c.update.alignment_learning_rate,
-    )
 
 
 def coefficients(

@@ -241,11 +241,16 @@ def parts_of(c: Composition, state: TrainState) -> dict[str, PyTree]:
     }
 
 
+def specs_of(c: Composition) -> Any:
+    """The specifications of the trained parameters of the policy; None for a model without them."""
+    return None if c.model.specs is None else trainable_part(c.model, c.model.specs)
+
+
 def make_learn(c: Composition) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
     """Build learn(state, experience, coefficients, joined) -> (state, metrics); `joined` is the number of groups at the
     end of the experience that were not sampled in this step."""
     update, optimizers = c.update, _optimizers(c)
-    specs = None if c.model.specs is None else trainable_part(c.model, c.model.specs)
+    specs = specs_of(c)
 
     @jax.named_scope("update")
     def learn(state: TrainState, experience: Experience, coefficients: Sequence[Array], joined: int = 0):

@@ -24,7 +24,8 @@ from jaxrl_llm.terms import Fill, LossTerm, Reward, Update
 from jaxrl_llm.training.checks import checked, checked_split
 from jaxrl_llm.training.collect import collected, handed, join, kept_in_mind
 from jaxrl_llm.training.composition import Composition, Resources, Source, composition_of
-from jaxrl_llm.training.fill import coefficients, credit_parts, measured_alignment, reward_parts
+from jaxrl_llm.training.fill import coefficients, credit_parts, reward_parts
+from jaxrl_llm.training.gradients import measured_alignment
 from jaxrl_llm.training.initial import in_use, initialiser
 from jaxrl_llm.training.learn import make_learn
 from jaxrl_llm.training.metrics import step_metrics

@@ -74,6 +74,16 @@ def text_class(checkpoint) -> str:
     return text_part(json.loads((checkpoint.directory / "config.json").read_text()))[0]
 
 
+def assert_same_weights(one, other):
+    """Equal bits of the weights that the text model of `one` has."""
+    one, other = one.state_dict(), other.state_dict()
+    assert len(one) > 8
+    for name, weight in one.items():
+        found = [key for key in other if key == name or key.replace("model.language_model.", "model.") == name]
+        assert len(found) == 1, name
+        assert np.array_equal(weight.numpy(), other[found[0]].numpy()), name
+
+
 def test_an_export_gives_transformers_the_same_logits_and_us_the_same_weights(checkpoint, batch, tmp_path):
     before = logits_of(checkpoint.theirs, batch)
     # In several files with an index and the original config.json, and in one file with a config.json of ours.
@@ -87,9 +97,10 @@ def test_an_export_gives_transformers_the_same_logits_and_us_the_same_weights(ch
     for name in ("many", "one"):
         theirs = from_pretrained(tmp_path / name)
         # If two families describe the same config, our file may name the other one, whose products have other shapes.
-        exact = name == "many" or type(theirs).__name__ in (type(checkpoint.theirs).__name__, text_class(checkpoint))
-        error = np.abs(logits_of(theirs, batch) - before)[batch.mask].max()
-        assert error == 0 if exact else error < 1e-4
+        # Even equal weights may give other last bits: sums in torch depend on where the weights lie in memory.
+        if name == "many" or type(theirs).__name__ in (type(checkpoint.theirs).__name__, text_class(checkpoint)):
+            assert_same_weights(theirs, checkpoint.theirs)
+        assert np.abs(logits_of(theirs, batch) - before)[batch.mask].max() < 1e-4
         model, params = load_model(tmp_path / name, **checkpoint.execution)
         assert model.config == checkpoint.model.config
         same(params, checkpoint.params)

@@ -199,10 +199,19 @@ EXAMPLES = {
             ("variance", {"ddof": 0}, [0.416667, 0.296667]),
         ]
     },
+    "rm-ensemble, median with an outlier and a head that does not apply": (
+        named(rewards.ensemble_score, *HEADS, heads=HEADS, form="median"),
+        {"reward_components": [[1.0, 0.5, -9], [0.2, NAN, 0.3], [NAN] * 3]},
+        [0.5, 0.25, NAN],
+    ),
     "reward-robust": (
-        named(rewards.robust_score, *"abcxyz", means=HEADS, deviations=tuple("xyz"), alpha=0.3),
-        {"reward_components": [[1.0, 0.5, 0, 0.3, 0.2, 0.9], [0.2, 0.4, 0.3, 0.1, 0.5, 0.4], [NAN] * 6]},
-        [0.15, 0.2, NAN],
+        partial(rewards.robust_score, alpha=0.3),
+        {
+            "reward_scores": np.concatenate(
+                [[[1.0, 0.5, 0], [0.2, 0.4, 0.3]], np.log([[0.3, 0.2, 0.9], [0.1, 0.5, 0.4]])], axis=1
+            ).tolist()
+        },
+        [0.15, 0.2],
     ),
     # shaping
     "cosine-length": (
@@ -561,8 +570,8 @@ STEP = jnp.ones((1, 2))
             "floors names 'y'",
         ),
         (
-            lambda: rewards.robust_score(jnp.ones((2, 1)), means=("x",), deviations=(), reward_names=("x",)),
-            "1 heads and deviations 0",
+            lambda: rewards.robust_score(jnp.ones((2, 3))),
+            r"shape \(2, 3\); K Gaussian heads are 2K outputs",
         ),
         (
             lambda: rewards.annealed_sum(

@@ -208,6 +208,22 @@ def test_three_reward_models_learn_and_the_policy_from_what_they_agree_on(micro,
 
 
 @pytest.mark.slow
+def test_gaussian_heads_learn_and_the_policy_from_the_surest_and_the_lowest(micro, tmp_path):
+    config = micro("reward_robust", "pairs")
+    model, policy = config.stages
+    model["training"]["steps"], policy["training"] = 20, {"steps": 3, "prompts_per_step": 8}
+    networks = {"reward": replace(config.networks["reward"], learning_rate=0.005)}
+    seen = whole_run(replace(config, stages=(model, policy), networks=networks), tmp_path / "run")
+    scored = seen["reward model"]
+    assert scored[-1]["loss/gaussian_bradley_terry"] < scored[0]["loss/gaussian_bradley_terry"]
+    assert scored[-1]["deviation/gaussian_bradley_terry"] > 0
+    for step in seen["reinforcement"]:
+        assert np.isfinite(step["reward/robust_score"])
+        assert step["gradient_norm"] > 0
+        assert "gradient_norm/reward" not in step
+
+
+@pytest.mark.slow
 def test_a_process_reward_model_learns_from_labelled_steps_and_the_policy_from_its_worst_one(micro, tmp_path):
     config = micro("process_reward_model", "steps", "rollout.max_completion_tokens=14")
     model, policy = config.stages

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import jax
@@ -13,9 +14,10 @@ import pytest
 from jaxrl_llm import losses
 from jaxrl_llm.experience import Method, Sequences
 from jaxrl_llm.signatures import reading
-from jaxrl_llm.training import Fill, Network, Resources, Reward, Rollout, make_train_step
+from jaxrl_llm.training import Fill, Network, Resources, Reward, Rollout, Update, make_train_step
 from jaxrl_llm.training.composition import composition_of
 from jaxrl_llm.training.fill import coefficients, credit_parts, reward_parts
+from jaxrl_llm.training.gradients import reward_influence
 from jaxrl_llm.training.initial import initial_state
 from jaxrl_llm.training.reading import Context
 from jaxrl_llm.training.segments import Host
@@ -347,3 +349,53 @@ def test_rows_whose_filled_reward_does_not_apply_are_absent(bigram, rows):
     after = credited(bigram, rows, ("rewards", lambda tokens: some)).rows
     np.testing.assert_array_equal(after["rewards"], jnp.nan_to_num(some))
     np.testing.assert_array_equal(after.weight, jnp.asarray(rows.weight).at[1].set(0.0))
+
+
+# ---- gradients of rewards -------------------------------------------------------------------------------------------
+
+
+def influences(bigram, rows, components, **update):
+    c = replace(composed(bigram, [Reward(constant([0.0] * 8))], [], [losses.policy_gradient]), update=Update(**update))
+    state = initial_state(c, jax.random.key(3))
+    work = {"rows": rows.filled(reward_components=jnp.asarray(components))}
+    return reward_influence(c, state, work)["reward_influence"], state.params
+
+
+def test_influences_are_products_of_the_gradients_of_single_rewards(bigram, rows):
+    right, short = [1.0, 0, 0, 1, 1, 0, 1, 1], [0.2, 0.9, 0.5, 0.4, 0.1, float("nan"), 0.3, 0.7]
+    found, params = influences(bigram, rows, np.stack([right, short], 1))
+
+    def gradient(reward):
+        known = ~np.isnan(reward)
+        pairs, shares = np.where(known, reward, 0.0).reshape(4, 2), known.reshape(4, 2)
+        centred = (pairs - (pairs * shares).sum(1, keepdims=True) / shares.sum(1, keepdims=True)) * shares
+        whole = shares.all(1, keepdims=True)  # a group of one has advantage 0
+        spread = np.where(whole, pairs.std(1, ddof=1, keepdims=True), 1.0)
+        advantages = (np.where(whole, centred, 0.0) / (spread + 1e-6)).reshape(8)
+
+        def value(params):
+            before = jnp.concatenate([rows.prompt_tokens[:, -1:], rows.tokens[:, :-1]], 1)
+            logprobs = jax.nn.log_softmax(params["scores"])[before, rows.tokens]
+            return -(rows.mask * logprobs * advantages[:, None]).sum() / rows.mask.sum()
+
+        return jax.grad(value)(params)["scores"].ravel()
+
+    both = [gradient(np.array(reward)) for reward in (right, short)]
+    expected = [one @ (both[0] + both[1]) for one in both]
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+    split, _ = influences(bigram, rows, np.stack([right, short], 1), sequences_per_microbatch=2)
+    np.testing.assert_allclose(split, found, rtol=1e-5)
+
+
+def test_a_reward_that_is_equal_within_groups_has_no_influence(bigram, rows):
+    found, _ = influences(bigram, rows, np.stack([[1.0, 0] * 4, [2.0] * 8], 1))
+    assert found[0] > 0
+    assert found[1] == 0
+
+
+def test_influences_need_rewards_and_a_loss_on_the_policy(model):
+    entry = Fill("advantages", lambda reward_influence, length: length * reward_influence[0])
+    with pytest.raises(ValueError, match=r"'reward_influence', which nothing in this step.*a loss on the policy"):
+        make_train_step(
+            model, optax.sgd(0.1), source=ROLLOUT, rewards=[], credit=[entry], losses=[losses.policy_gradient]
+        )

@@ -5,16 +5,20 @@ from __future__ import annotations
 from typing import Annotated, Literal, get_args
 
 import chex
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxrl_llm.experience import Loss
 from jaxrl_llm.losses.preference.dpo import smoothed_logistic
 from jaxrl_llm.losses.preference.pairs import pairs_of
-from jaxrl_llm.ranges import NonNegative, Range, ranged
+from jaxrl_llm.ranges import Count, NonNegative, Range, ranged
+from jaxrl_llm.statistics import gaussian_heads
 
 Centring = Literal["sum", "each"]
 MarginUse = Literal["shift", "weight"]
+GaussianForm = Literal["marginal", "expected"]
 
 
 @ranged
@@ -91,4 +95,69 @@ def bradley_terry(
     if margin is not None and margin_use == "weight":
         loss = loss * margin.astype(jnp.float32)[:, None]
     metrics = {"preferred_share": (pairs.total(gap > 0), pairs.count), "score_gap": (pairs.total(gap), pairs.count)}
+    return Loss(pairs.total(loss), pairs.count, metrics)
+
+
+@ranged
+def gaussian_bradley_terry(
+    reward_scores: Float[Array, "B 2K"],
+    group: Int[Array, "B"],
+    preferred: Float[Array, "B"],
+    weight: Float[Array, "B"],
+    *,
+    form: GaussianForm = "marginal",
+    nodes: Count = 24,
+) -> Loss:
+    """Bradley-Terry with scores that are Gaussian: each of K heads states a mean and a deviation of the score.
+
+        z ~ Normal(m_better - m_worse, v_better + v_worse)
+        marginal   x = -log E sigmoid(z)
+        expected   x = -E log sigmoid(z)
+
+    averaged over pairs and heads, with v the squared deviation. The expectation is a sum over the nodes of a
+    Gauss-Hermite quadrature, not over samples. `marginal` is the likelihood of the label: the deviation is larger where
+    labels contradict each other. For `expected`, the loss of a sampled score, any deviation costs (log sigmoid is
+    concave), so that all deviations shrink.
+
+    Args:
+      reward_scores: outputs of a head with an even number of outputs: K means, then K logarithms of deviations.
+      group: id of the group each row belongs to; a microbatch then holds whole groups.
+      preferred: 1 for the better answer of a group, 0 for the worse one.
+      weight: of each row.
+      form: as above.
+      nodes: of the quadrature; 24 are exact to 1e-5 for deviations of z up to 4.
+
+    Returns:
+      The loss; its count is the (weighted) number of pairs. Metrics: `preferred_share` (pairs whose better answer has
+      the higher mean over heads; ties excluded), `score_gap`, and `deviation` of the scores in pairs.
+
+    Raises:
+      ValueError: for an odd number of outputs, or an unknown form.
+
+    Reference: PURM (2503.22480), marginal; Reward-robust RLHF (2409.15360), heads with a sampled score, expected.
+    Certainty: reconstructed
+    """
+    if form not in get_args(GaussianForm):
+        raise ValueError(f"form is {form!r}; it must be one of {', '.join(get_args(GaussianForm))}")
+    mean, deviation = gaussian_heads(jnp.where(weight[:, None] > 0, reward_scores, 0.0))
+    variance = jnp.square(deviation)
+    pairs = pairs_of(preferred, weight, group)
+    points, shares = np.polynomial.hermite_e.hermegauss(nodes)
+    log_shares = jnp.asarray(np.log(shares / shares.sum()), jnp.float32)
+
+    def of_head(mean: Float[Array, "B"], variance: Float[Array, "B"]) -> Float[Array, "B B"]:
+        spread = jnp.sqrt(variance[:, None] + variance[None, :])
+        z = pairs.gap(mean)[..., None] + spread[..., None] * jnp.asarray(points, jnp.float32)
+        if form == "marginal":
+            return -jax.nn.logsumexp(log_shares + jax.nn.log_sigmoid(z), axis=-1)
+        return -(jnp.exp(log_shares) * jax.nn.log_sigmoid(z)).sum(-1)
+
+    heads = range(mean.shape[1])
+    loss = sum((of_head(mean[:, k], variance[:, k]) for k in heads), jnp.float32(0.0)) / len(heads)
+    gap, spread = pairs.gap(mean.mean(1)), deviation.mean(1)
+    metrics = {
+        "preferred_share": (pairs.total(gap > 0), pairs.count),
+        "score_gap": (pairs.total(gap), pairs.count),
+        "deviation": (pairs.total((spread[:, None] + spread[None, :]) / 2), pairs.count),
+    }
     return Loss(pairs.total(loss), pairs.count, metrics)

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from jaxrl_llm.ranges import Count, Natural, NonNegative, Share, ranged
 from jaxrl_llm.rewards.combination.columns import named_columns
 
-EnsembleForm = Literal["mean", "least", "variance", "deviation"]
+EnsembleForm = Literal["mean", "median", "least", "variance", "deviation"]
 
 
 @ranged
@@ -127,6 +127,7 @@ def ensemble_score(
     """Aggregated score of several scorers, with a penalty on their disagreement.
 
         mean        mean_k x_k
+        median      median_k x_k
         least       min_k x_k
         variance    mean_k x_k - coefficient * var_k x_k
         deviation   mean_k x_k - coefficient * std_k x_k
@@ -135,7 +136,7 @@ def ensemble_score(
       reward_components: x, one column per reward function; NaN does not apply and is left out.
       heads: names of the scorers.
       reward_names: names of the columns in their order; filled from the run.
-      form: which of the four.
+      form: which of the five.
       coefficient: weight of the disagreement: 0.1 for policy gradients, 0.5 for best-of-n.
       ddof: 1 for the unbiased variance, 0 for the population's, which best-of-n uses.
 
@@ -157,50 +158,11 @@ def ensemble_score(
     squares = jnp.where(known, jnp.square(scores - mean[:, None]), 0.0).sum(axis=1)
     variance = squares / jnp.maximum(count - ddof, 1)
     spread = {"mean": 0.0, "variance": variance, "deviation": jnp.sqrt(variance)}.get(form, 0.0)
-    value = jnp.where(known, scores, jnp.inf).min(axis=1) if form == "least" else mean - coefficient * spread
+    if form == "median":
+        value = jnp.nanmedian(scores, axis=1)
+    else:
+        value = jnp.where(known, scores, jnp.inf).min(axis=1) if form == "least" else mean - coefficient * spread
     return jnp.where(count > 0, value, jnp.nan)
-
-
-@ranged
-def robust_score(
-    reward_components: Float[Array, "B K"],
-    *,
-    means: tuple[str, ...],
-    deviations: tuple[str, ...],
-    reward_names: tuple[str, ...],
-    alpha: Share = 0.3,
-) -> Float[Array, "B"]:
-    """Convex combination of the score of the head with the least deviation and the lowest score of all heads.
-
-        r = alpha * x_s + (1 - alpha) * min_k x_k,   s = argmin_k deviation_k
-
-    Args:
-      reward_components: one column per reward function; a head that is NaN in either does not apply and is left out.
-      means: names of the heads' scores x.
-      deviations: names of their stated deviations, in the same order.
-      reward_names: names of the columns in their order; filled from the run.
-      alpha: weight of the head with the least deviation; 0 is the worst case. Ties: the first head.
-
-    Returns:
-      One reward per row, float32; NaN where no head applies.
-
-    Raises:
-      ValueError: for a name that no column has, or another number of deviations than of means.
-
-    Reference: Reward-robust RLHF (2409.15360).
-    Certainty: reconstructed
-    """
-    if len(means) != len(deviations) or not means:
-        raise ValueError(
-            f"means names {len(means)} heads and deviations {len(deviations)}; name the same heads in both"
-        )
-    columns = jnp.stack(named_columns(reward_components, reward_names, (*means, *deviations)), axis=1)
-    score, spread = jnp.split(columns, 2, axis=1)
-    known = ~(jnp.isnan(score) | jnp.isnan(spread))
-    surest = jnp.argmin(jnp.where(known, spread, jnp.inf), axis=1)[:, None]
-    nominal = jnp.take_along_axis(score, surest, axis=1)[:, 0]
-    worst = jnp.where(known, score, jnp.inf).min(axis=1)
-    return jnp.where(known.any(axis=1), alpha * nominal + (1 - alpha) * worst, jnp.nan)
 
 
 def _weighted(columns: list[Array], weights: list) -> Float[Array, "B"]:

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxrl_llm.ranges import Positive, ranged
+from jaxrl_llm.ranges import Positive, Share, ranged
+from jaxrl_llm.statistics import gaussian_heads
 
 
 def step_value(process_scores: Float[Array, "B"]) -> Float[Array, "B"]:
@@ -59,3 +60,27 @@ def learned_reward(
     chex.assert_rank(reward_scores, 1)
     reward = (reward_scores.astype(jnp.float32) - shift) / scale
     return reward if limit is None else jnp.clip(reward, -limit, limit)
+
+
+@ranged
+def robust_score(reward_scores: Float[Array, "B 2K"], *, alpha: Share = 0.3) -> Float[Array, "B"]:
+    """Convex combination of the mean of the head with the least deviation and the lowest mean of all heads.
+
+        r = alpha * m_s + (1 - alpha) * min_k m_k,   s = argmin_k deviation_k
+
+    Args:
+      reward_scores: of K Gaussian heads (`losses.gaussian_bradley_terry`): K means m, then K logarithms of deviations.
+      alpha: weight of the head with the least deviation; 0 is the worst case. Ties: the first head.
+
+    Returns:
+      One reward per row, float32.
+
+    Raises:
+      ValueError: for an odd number of outputs.
+
+    Reference: Reward-robust RLHF (2409.15360).
+    Certainty: reconstructed
+    """
+    mean, deviation = gaussian_heads(reward_scores)
+    nominal = jnp.take_along_axis(mean, jnp.argmin(deviation, axis=1)[:, None], axis=1)[:, 0]
+    return alpha * nominal + (1 - alpha) * mean.min(axis=1)

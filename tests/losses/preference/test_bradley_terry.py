@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl_llm.losses import bradley_terry
+from jaxrl_llm.losses import bradley_terry, gaussian_bradley_terry
 from jaxrl_llm.rewards import learned_reward
 
 BETTER, WORSE = [1.2, -0.3, 0.8, 2], [0.7, 0.1, 0.8, -1]
@@ -99,3 +99,62 @@ def test_scores_become_rewards_in_units_of_their_deviation():
         learned_reward(scores, scale=0.0)
     with pytest.raises(ValueError, match=r"limit is -1\.0; it must be above 0"):
         learned_reward(scores, limit=-1.0)
+
+
+# ---- Gaussian scores ------------------------------------------------------------------------------------------------
+
+
+def heads(deviation, scores=SCORES, count=1):
+    """Scores of some equal heads with this deviation."""
+    means = jnp.tile(scores[:, None], (1, count))
+    return jnp.concatenate([means, jnp.full_like(means, np.log(deviation))], 1)
+
+
+def gaussian(scores, group=GROUP, preferred=PREFERRED, weight=ONES, **hyper):
+    return gaussian_bradley_terry(scores, group, preferred, weight, **hyper)
+
+
+@pytest.mark.parametrize("deviation", [0.3, 1.5])
+def test_gaussian_scores_equal_numerical_integrals(deviation):
+    gaps, spread = np.subtract(BETTER, WORSE), deviation * np.sqrt(2)
+    z = np.linspace(-12, 12, 40_001)
+    density = np.exp(-(z**2) / 2) / np.sqrt(2 * np.pi) * (z[1] - z[0])
+    log_sigmoid = -np.logaddexp(0, -(gaps[:, None] + spread * z))
+    marginal, expected = (np.exp(log_sigmoid) * density).sum(1), (log_sigmoid * density).sum(1)
+    found = gaussian(heads(deviation, count=3))
+    np.testing.assert_allclose(found.value, -np.log(marginal).mean(), rtol=1e-5)
+    np.testing.assert_allclose(gaussian(heads(deviation), form="expected").value, -expected.mean(), rtol=1e-5)
+    np.testing.assert_allclose(found.metrics["deviation"], (4 * deviation, 4.0), rtol=1e-5)
+
+
+def test_without_deviation_gaussian_scores_are_bradley_terry():
+    for form in ("marginal", "expected"):
+        np.testing.assert_allclose(gaussian(heads(1e-9), form=form).value, made().value, rtol=1e-6)
+
+
+def test_the_marginal_deviation_grows_where_labels_contradict_each_other():
+    """Two labels of one pair of answers, two to one and far apart in score."""
+    scores = jnp.array([3.0, -3, 3, -3, 3, -3])
+    ids, labels, ones = jnp.array([0, 0, 1, 1, 2, 2]), jnp.array([1.0, 0, 1, 0, 0, 1]), jnp.ones(6)
+
+    def value(log_deviation, form):
+        given = jnp.stack([scores, jnp.full(6, log_deviation)], 1)
+        return gaussian(given, ids, labels, ones, form=form).value
+
+    assert jax.grad(value)(0.0, "marginal") < -0.01
+    assert jax.grad(value)(0.0, "expected") > 0.01
+
+
+def test_absent_rows_of_gaussian_scores_have_no_gradient():
+    weight = ONES.at[:2].set(0.0)
+    scores = heads(1.0).at[0].set(jnp.nan)
+    slope = jax.grad(lambda x: gaussian(x, weight=weight).value)(scores)
+    assert np.isfinite(slope).all()
+    np.testing.assert_array_equal((slope != 0).any(1), [False] * 2 + [True] * 6)
+
+
+def test_bad_gaussian_scores():
+    with pytest.raises(ValueError, match=r"shape \(8, 3\); K Gaussian heads are 2K outputs"):
+        gaussian(jnp.zeros((8, 3)))
+    with pytest.raises(ValueError, match="form is 'sampled'; it must be one of marginal, expected"):
+        gaussian(heads(1.0), form="sampled")

@@ -55,7 +55,14 @@ VARIANTS = {
     losses.anchored_preference: [{"form": name} for name in ("nca", "bco", "sppo", "apo_down")],
     losses.optimal_transport: [{"paired": True}],
     losses.bradley_terry: [{"label_smoothing": 0.1}, {"centring": 0.1}, {"centring": 0.1, "form": "each"}],
+    losses.gaussian_bradley_terry: [{"form": "expected"}],
 }
+
+
+def one_gaussian_head(reward_scores, group, preferred, weight, *, form="marginal"):
+    """The loss on scores with means alone: all deviations are exp(-0.5)."""
+    scores = jnp.stack([reward_scores, jnp.full_like(reward_scores, -0.5)], 1)
+    return losses.gaussian_bradley_terry(scores, group, preferred, weight, form=form)
 
 
 def pair_losses():
@@ -67,9 +74,10 @@ def pair_losses():
             continue
         needs = set(signature(member).required)
         if {"group", "preferred"} <= needs <= set(DATA):
-            found[name] = member
+            called = one_gaussian_head if member is losses.gaussian_bradley_terry else member
+            found[name] = called
             for hyper in VARIANTS.get(member, ()):
-                found[f"{name} {hyper}"] = partial(member, **hyper)
+                found[f"{name} {hyper}"] = partial(called, **hyper)
     return found
 
 
