@@ -6,7 +6,7 @@ import inspect
 import itertools
 import re
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -345,38 +345,3 @@ def _docstring(name: str) -> str:
         if name in module.__all__:
             return inspect.getdoc(getattr(module, name)) or ""
     return ""
-
-
-def selected(
-    found: Sequence[dict[str, Any]],
-    *,
-    stage: str | None = None,
-    certainty: str | None = None,
-    need: str | None = None,
-    paper: str | None = None,
-    arxiv: str | None = None,
-) -> list[dict[str, Any]]:
-    """The recipes that match every given word: certainty exactly, the others as a case-insensitive part of the text.
-
-    Raises:
-      ValueError: for a need or a stage that no recipe has, with the nearest.
-    """
-    for what, word, known in (
-        ("need", need, EVERY_NEED),
-        ("stage", stage, sorted({entry["stage"] for entry in found})),
-    ):
-        if word is not None and not any(word.lower() in one.lower() for one in known):
-            raise ValueError(f"no recipe has the {what} {word!r}; {nearest(word, known)}")
-
-    def holds(word: str | None, text: str) -> bool:
-        return word is None or word.lower() in text.lower()
-
-    return [
-        entry
-        for entry in found
-        if holds(stage, entry["stage"])
-        and certainty in (None, entry["certainty"])
-        and (need is None or any(holds(need, one) for one in entry["needs"]))
-        and holds(paper, entry["paper"])
-        and holds(arxiv, entry["arxiv"])
-    ]

@@ -17,7 +17,7 @@ from jaxrl_llm.commands.data_options import add_data
 from jaxrl_llm.commands.evaluation_options import add_eval, add_report
 from jaxrl_llm.commands.model_options import add_merge, add_model_files, add_pairs
 from jaxrl_llm.commands.output import Lasting, interrupts_kept, message_of, unwrapped
-from jaxrl_llm.shipped import config_path
+from jaxrl_llm.shipped import config_path, refuse_unknown_keys
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -231,9 +231,12 @@ def _imported_late(path: str) -> Callable[[argparse.Namespace], int | None]:
     module, function = path.split(":")
 
     def call(options: argparse.Namespace) -> int | None:
-        words = [word for word in getattr(options, "config", None) or () if "=" not in word]
+        given = getattr(options, "config", None) or ()
+        words = [word for word in given if "=" not in word]
+        # Wrong names are reported before the slow imports.
         if words and not getattr(options, "resume", None):
-            config_path(words[0])  # report a wrong name before the slow imports
+            config_path(words[0])
+        refuse_unknown_keys(word for word in given if "=" in word and not os.path.exists(word))
         return getattr(importlib.import_module(f"jaxrl_llm.commands.{module}"), function)(options)
 
     return call

@@ -9,6 +9,7 @@ import re
 import pytest
 
 from jaxrl_llm import catalogue, cli, losses, schedules, shipped
+from jaxrl_llm.commands.methods import selected
 from jaxrl_llm.config import read_tree
 from jaxrl_llm.rollout import plans
 from jaxrl_llm.run.recipes import RecipeError, credit_terms, loss_terms, number_or_method, reward_terms
@@ -215,7 +216,7 @@ def test_recipes_are_selected():
     found = catalogue.recipes()
 
     def chosen(**words):
-        return {entry["name"] for entry in catalogue.selected(found, **words)}
+        return {entry["name"] for entry in selected(found, catalogue.EVERY_NEED, **words)}
 
     assert chosen() == {entry["name"] for entry in found}
     assert "ppo" in chosen(need="value")

@@ -323,14 +323,18 @@ def test_lists_and_wrong_names_need_no_jax(tmp_path):
         done = subprocess.run([sys.executable, "-c", code, *words], env=environment, capture_output=True, text=True)
         return done.returncode, done.stderr
 
-    assert [run("tasks")[0], run("methods")[0]] == [9, 9]  # cached
+    assert [run("tasks")[0], run("methods")[0], run("train", "grpo", "traning.steps=3")[0]] == [9, 9, 9]  # cached
     assert [run("tasks")[0], run("methods")[0], run("methods", "--functions")[0]] == [0, 0, 0]
+    assert run("methods", "--stage", "reward")[0] == 0
     first = min(path.stem for path in method_files())
     for words, said in (
         (("tasks", "adition"), "did you mean 'addition'?"),
         (("methods", "grppo"), "did you mean 'grpo'?"),
         (("train", "grppo"), "there is no recipe 'grppo'; did you mean 'grpo'?"),
         (("explain", "configs/dmeo.yaml"), "did you mean configs/demo.yaml?"),
+        (("train", "grpo", "traning.steps=3"), "config key traning (value {'steps': 3}) does not exist; did you mean"),
+        (("train", "grpo", "rollout.slot=[1"), "config key rollout.slot (value '[1') does not exist; did you mean"),
+        (("methods", "--stage", "kitchen"), "no recipe has the stage 'kitchen'"),
         (("plan", "qqqq", "--topology", "cpu:8"), f"there is no recipe 'qqqq'; known: {first}, "),
     ):
         status, err = run(*words)

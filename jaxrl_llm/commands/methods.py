@@ -28,7 +28,7 @@ def show_methods(options: argparse.Namespace) -> None:
     if options.name is not None:
         known = kept("methods", _methods)
         recipe = not functions and options.name in (entry["name"] for entry in known["recipes"])
-        if options.name not in (names := {entry["name"] for part in known.values() for entry in part}):
+        if options.name not in (names := {entry["name"] for part in ("recipes", "functions") for entry in known[part]}):
             raise ValueError(f"there is no method {options.name!r}; {nearest(options.name, names)}")
         entry = kept(f"method {options.name} {recipe}", lambda: _described(options.name, recipe=recipe))
         if options.json:
@@ -46,12 +46,8 @@ def show_methods(options: argparse.Namespace) -> None:
         ]
     else:
         chosen["need"] = chosen.pop("needs")
-        found = kept("methods", _methods)["recipes"]
-        if given or options.certainty:
-            from jaxrl_llm.catalogue import selected
-
-            found = selected(found, certainty=options.certainty, **chosen)
-        rows = found
+        known = kept("methods", _methods)
+        rows = selected(known["recipes"], known["needs"], certainty=options.certainty, **chosen)
     if options.json:
         print(json.dumps(rows, indent=2))
     elif functions:
@@ -62,10 +58,47 @@ def show_methods(options: argparse.Namespace) -> None:
         show_columns(rows, "recipes; jaxrl methods NAME shows one in full, jaxrl train NAME trains with it")
 
 
+def selected(
+    found: Sequence[dict[str, Any]],
+    needs: Sequence[str],
+    *,
+    stage: str | None = None,
+    certainty: str | None = None,
+    need: str | None = None,
+    paper: str | None = None,
+    arxiv: str | None = None,
+) -> list[dict[str, Any]]:
+    """The recipes that match every given word: certainty exactly, the others as a case-insensitive part of the text;
+    `needs` are all known needs.
+
+    Raises:
+      ValueError: for a need or a stage that no recipe has, with the nearest.
+    """
+    for what, word, known in (
+        ("need", need, needs),
+        ("stage", stage, sorted({entry["stage"] for entry in found})),
+    ):
+        if word is not None and not any(word.lower() in one.lower() for one in known):
+            raise ValueError(f"no recipe has the {what} {word!r}; {nearest(word, known)}")
+
+    def holds(word: str | None, text: str) -> bool:
+        return word is None or word.lower() in text.lower()
+
+    return [
+        entry
+        for entry in found
+        if holds(stage, entry["stage"])
+        and certainty in (None, entry["certainty"])
+        and (need is None or any(holds(need, one) for one in entry["needs"]))
+        and holds(paper, entry["paper"])
+        and holds(arxiv, entry["arxiv"])
+    ]
+
+
 def _methods() -> dict[str, Any]:
     from jaxrl_llm import catalogue  # slow import of all methods and jax: the lists are cached
 
-    return {"recipes": catalogue.recipes(), "functions": catalogue.methods()}
+    return {"recipes": catalogue.recipes(), "functions": catalogue.methods(), "needs": catalogue.EVERY_NEED}
 
 
 def _described(name: str, *, recipe: bool) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from jaxrl_llm.config.errors import ConfigError
 from jaxrl_llm.config.inputs import MODEL_KINDS, PretrainedConfig, model_kind
 from jaxrl_llm.config.whole import Config
 from jaxrl_llm.models.transformer_config import TransformerConfig
-from jaxrl_llm.shipped import recipe_path
+from jaxrl_llm.shipped import recipe_path, unknown_key
 from jaxrl_llm.yaml_text import MOST_BYTES, MOST_LEVELS, yaml_values
 
 _MOST_BASES = 20
@@ -287,9 +287,7 @@ def _known_keys(tree: Any, kind: Any, prefix: str) -> None:
     hints = get_type_hints(kind)
     for key, value in tree.items():
         if key not in known:
-            close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-            hint = f"did you mean {prefix}{close[0]}?" if close else f"known keys: {', '.join(known)}"
-            raise ConfigError(f"config key {prefix}{key} (value {shown(value)}) does not exist; {hint}")
+            raise ConfigError(unknown_key(prefix, key, value, known))
         kinds = () if get_origin(hints[key]) is dict else (hints[key], *get_args(hints[key]))
         section = next((t for t in kinds if is_dataclass(t)), None)
         if prefix == "" and key == "model" and isinstance(value, dict):
@@ -300,6 +298,15 @@ def _known_keys(tree: Any, kind: Any, prefix: str) -> None:
         if named and isinstance(value, dict):
             for name, inner in value.items():
                 _known_keys(inner or {}, named[0], f"{prefix}{key}.{name}.")
+
+
+def key_tree(kind: Any = Config) -> dict[str, Any]:
+    """The keys of a config and of its sections; None for a key whose value is no section, or one of several kinds."""
+    found: dict[str, Any] = {}
+    for name, hint in get_type_hints(kind).items():
+        sections = () if get_origin(hint) is dict else [t for t in (hint, *get_args(hint)) if is_dataclass(t)]
+        found[name] = key_tree(sections[0]) if len(sections) == 1 and name != "model" else None
+    return found
 
 
 def _refuse_shape(tree: Mapping[str, Any]) -> None:
