@@ -336,6 +336,8 @@ def _plain_or_error(value: Any) -> Any:
 def plain_value(value: Any) -> Any:
     """A value of another library as text, numbers, lists and dictionaries of Python, for JSON.
 
+    Messages of a chat that are stored as a list of roles and a list of contents become a list of messages.
+
     Raises:
       ValueError: for bytes that are not text, and for values of other types.
 
@@ -352,7 +354,8 @@ def plain_value(value: Any) -> Any:
     if value is None or isinstance(value, str | bool | int):
         return value
     if isinstance(value, Mapping):
-        return {str(name): plain_value(one) for name, one in value.items()}
+        plain = {str(name): plain_value(one) for name, one in value.items()}
+        return _messages(plain) if {"role", "content"} <= plain.keys() else plain
     if isinstance(value, list | tuple):
         return [plain_value(one) for one in value]
     if hasattr(value, "tolist"):  # of numpy
@@ -362,3 +365,11 @@ def plain_value(value: Any) -> Any:
     if isinstance(value, decimal.Decimal | datetime.timedelta):
         return str(value)
     raise ValueError(f"a column has a {type(value).__name__}, which is neither text nor a number; remove it")
+
+
+def _messages(columns: dict[str, Any]) -> Any:
+    """The messages of a chat from their columns, as tensorflow-datasets returns a sequence of records."""
+    lists = [value for value in columns.values() if isinstance(value, list)]
+    if len(lists) < len(columns) or len({len(value) for value in lists}) > 1:
+        return columns
+    return [dict(zip(columns, each, strict=True)) for each in zip(*lists, strict=True)]

@@ -27,8 +27,9 @@ FILES: Mapping[str, Mapping[str, str]] = {
         "answer": "reference answer",
         "truncated": "a limit ended it",
         "reward": "weighted sum of its rewards",
+        "correct": "whether the first reward is at least 1; in conversations, the verdict of the environment",
+        "rewards": "each reward by its name, before its weight; NaN where it does not apply",
         "tokens": "`text`, `advantage`, `logprob` and `entropy` of each of its first 1024 tokens",
-        "<reward>": "each reward by its name, before its weight; NaN where it does not apply",
     },
     "summary.json": {
         "name": "of the run",

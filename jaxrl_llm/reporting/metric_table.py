@@ -42,6 +42,7 @@ class Panel(NamedTuple):
       text: how it is read.
       log: the axis of values is logarithmic.
       apart: its numbers have nothing to do with each other, and get a chart each.
+      unit: of all of its numbers; set when it is drawn.
     """
 
     title: str
@@ -49,6 +50,7 @@ class Panel(NamedTuple):
     text: str
     log: bool = False
     apart: bool = False
+    unit: str = ""
 
 
 ROWS, TOKENS, GROUPS = "sampled rows", "trained tokens of sampled rows", "groups that were sampled"
@@ -269,6 +271,7 @@ PANELS = (
                 "log_odds_ratio/<loss>", "nats", "pairs", "Log-odds of the preferred answer minus those of the other."
             ),
             Metric("score_gap/<loss>", "", "pairs", "Score of the preferred answer minus that of the other."),
+            Metric("deviation/<loss>", "", "pairs", "Stated deviation of a score, mean over heads and both answers."),
             Metric(
                 "divergence_gap/<loss>",
                 "nats",
@@ -370,6 +373,8 @@ PANELS = (
     ),
 )
 METRICS = tuple(metric for panel in PANELS for metric in panel.metrics)
+# Settings of an evaluation, which are no curves.
+CONSTANT = ("validation/problems", "validation/samples_per_problem")
 # What a clock or the machine says, which is another number when a step is taken again.
 OF_MACHINE = ("seconds", "tokens_per_second", "host_memory_gib", "device_memory_gib", "device_peak_memory_gib")
 
@@ -389,12 +394,12 @@ def panels(names: Sequence[str]) -> list[Panel]:
 
     def drawn() -> Iterator[Panel]:
         for panel in PANELS:
-            by_unit: dict[str, list[str]] = {}
+            by_unit: dict[tuple[str, str], list[str]] = {}
             for metric in panel.metrics:
-                for name in (name for name, row in rows.items() if row is metric):
-                    by_unit.setdefault(name if panel.apart else metric.unit, []).append(name)
-            for key, own in by_unit.items():
-                title = key if panel.apart else panel.title if own is next(iter(by_unit.values())) else own[0]
-                yield panel._replace(title=title, metrics=tuple(own))
+                for name in (name for name, row in rows.items() if row is metric and name not in CONSTANT):
+                    by_unit.setdefault((metric.unit, name if panel.apart else ""), []).append(name)
+            for (unit, name), own in by_unit.items():
+                title = name or (f"{panel.title}: {unit}" if unit and len(by_unit) > 1 else panel.title)
+                yield panel._replace(title=title, metrics=tuple(own), unit=unit)
 
     return [*drawn(), *(Panel(name, (name,), "") for name, row in rows.items() if row is None)]

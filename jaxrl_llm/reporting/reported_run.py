@@ -175,11 +175,10 @@ def shown_samples(run: ReportedRun, most: int) -> list[dict[str, Any]]:
             )
     found = []
     for sample in _spread(samples, most):
-        correct = sample.get("correct", (sample.get("reward") or 0.0) >= 1.0)
         tokens = sample.get("tokens", {})
         cut = {name: values[:MOST_TOKENS] for name, values in tokens.items()}
         length = sample.get("length", len(tokens["text"]) if tokens else None)
-        found.append(sample | {"correct": bool(correct), "length": length, "tokens": cut})
+        found.append(sample | {"length": length, "tokens": cut})
     return found
 
 

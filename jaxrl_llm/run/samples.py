@@ -29,7 +29,8 @@ def write_samples(
     if not due and not (reporting.samples_every_steps and first and jax.process_count() > 1):
         return
     chosen = spread(rows.tokens.shape[0], reporting.samples_per_report)
-    names = ("tokens", "length", "group", "prompt_id", "rewards", "reward_components", "truncated", *TOKEN_FACTS)
+    names = ("tokens", "length", "group", "prompt_id", "truncated", *TOKEN_FACTS)
+    names += ("rewards", "correct", "reward_components")
     held = {name: value[chosen] for name, value in hosts.host_copy({n: rows[n] for n in names if n in rows}).items()}
     if not due:
         return
@@ -43,9 +44,9 @@ def write_samples(
             "answer": of[i]["answer"],
             "truncated": bool(held["truncated"][i]),
         }
-        | ({"reward": held["rewards"][i]} if rewards else {})
+        | ({"reward": held["rewards"][i], "correct": bool(held["correct"][i])} if rewards else {})
+        | {"rewards": {term.name: held["reward_components"][i][c] for c, term in enumerate(rewards)}}
         | token_facts(held, i, decode)
-        | {term.name: held["reward_components"][i][c] for c, term in enumerate(rewards)}
         for i in range(len(chosen))
     ]
     run.directory.write_samples(global_step, written)

@@ -163,3 +163,13 @@ def test_templates_and_conditions_are_sandboxed_and_strict():
     for text in ("{{ q", "{% if q %}"):
         with pytest.raises(ValueError, match="is not valid jinja2"):
             rendered(text, row)
+
+
+def test_messages_in_columns_become_a_list_of_messages():
+    """tensorflow-datasets returns a sequence of records as a record of sequences."""
+    asked = {"role": np.array([b"user", b"assistant"]), "content": np.array([b"2+3", b"5"])}
+    messages = [{"role": "user", "content": "2+3"}, {"role": "assistant", "content": "5"}]
+    assert plain_value({"chosen": asked, "margin": np.float32(1)}) == {"chosen": messages, "margin": 1.0}
+    # Choices of a question are no messages, and neither is a single message.
+    for value in ({"text": ["a", "b"], "label": ["A", "B"]}, {"role": "user", "content": ["a", "b"]}, messages[0]):
+        assert plain_value(value) == value

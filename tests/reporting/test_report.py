@@ -43,7 +43,8 @@ def metrics(step, seed=0):
 
 def sample(i):
     tokens = {"text": ["<t>", "1", "</t>"], "advantage": [0.5, -0.5, 0.0], "logprob": [-0.1, -2.0, -0.3]}
-    return {"prompt": f"A:{i}", "completion": NASTY, "reward": float(i % 2), "truncated": False, "tokens": tokens}
+    told = {"reward": 0.5 * (i % 2), "correct": bool(i % 2), "rewards": {"answer_match": float(i % 2), "brevity": -1.0}}
+    return {"prompt": f"A:{i}", "completion": NASTY, "truncated": False, "tokens": tokens} | told
 
 
 def made_run(path, *, steps=60, seed=0, **config):
@@ -86,7 +87,10 @@ def test_every_metric_has_its_panel_and_none_is_drawn_twice(run):
     by_title = {panel.title: panel.metrics for panel in drawn}
     assert by_title["Rewards apart"] == ("reward/exact", "reward/length")
     assert by_title["Validation"] == ("validation/pass@1",)
-    assert (by_title["Advantages and ratios"], by_title["ratio_max"]) == (("advantage_abs_per_token",), ("ratio_max",))
+    assert by_title["Advantages and ratios"] == ("advantage_abs_per_token",)
+    assert by_title["Advantages and ratios: ratio"] == ("ratio_max",)
+    assert {panel.unit for panel in drawn if panel.title == "Advantages and ratios: ratio"} == {"ratio"}
+    assert panels(["validation/problems", "validation/samples_per_problem"]) == []  # settings
     assert by_title["Reward"] == ("reward",)
     assert by_title["my_own_number"] == ("my_own_number",)
     assert "Throughput" not in by_title
@@ -159,8 +163,7 @@ def test_what_files_hold_is_in_their_tables(finished_run):
         return {key for line in lines for key in json.loads(line)}
 
     known = {name: set(columns) for name, columns in FILES.items()}
-    rewards = {name.removeprefix("reward/") for name in keys("metrics.jsonl") if name.startswith("reward/")}
-    assert keys("samples.jsonl") - rewards == known["samples.jsonl"] - {"<reward>"}
+    assert keys("samples.jsonl") == known["samples.jsonl"]
     assert json.loads((finished_run.directory / "summary.json").read_text()).keys() == known["summary.json"]
     problems = "evaluations/after/problems.jsonl"
     assert keys(problems) == known["problems.jsonl"] - {"episodes"}

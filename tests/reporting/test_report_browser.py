@@ -105,6 +105,9 @@ def test_filters_leave_what_fits_and_texts_stay_text(browser, page):
 
     every = count()
     assert 0 < count(correct="true") < every
+    assert browser.find_elements("css selector", ".sample .right")
+    assert not browser.find_elements("css selector", ".sample .wrong")
+    assert "answer_match" in browser.find_element("css selector", ".sample dl").text
     assert count(correct="", run="run1") < every
     assert count(run="", step_min="990", step_max="1000") < every
     assert count(text="no such text") == 0

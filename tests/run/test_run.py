@@ -93,7 +93,8 @@ def test_samples_are_text_with_its_rewards(finished_run):
     for line in lines:
         assert line["prompt"].startswith("A:")
         assert sum(map(int, line["prompt"][2:].split("+"))) == int(line["answer"])
-        assert line["reward"] == line["answer_format"] + 2 * line["exact_answer"]
+        assert line["reward"] == line["rewards"]["answer_format"] + 2 * line["rewards"]["exact_answer"]
+        assert line["correct"] == (line["rewards"]["answer_format"] >= 1)  # the first reward
         assert line["completion"].endswith("<eos>") != line["truncated"]
 
 
