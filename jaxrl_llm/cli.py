@@ -13,11 +13,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from jaxrl_llm import __version__
+from jaxrl_llm.commands.config_keys import refuse_unknown_keys
 from jaxrl_llm.commands.data_options import add_data
 from jaxrl_llm.commands.evaluation_options import add_eval, add_report
 from jaxrl_llm.commands.model_options import add_merge, add_model_files, add_pairs
 from jaxrl_llm.commands.output import Lasting, interrupts_kept, message_of, unwrapped
-from jaxrl_llm.shipped import config_path, refuse_unknown_keys
+from jaxrl_llm.shipped import config_path
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import hashlib
 import json
@@ -10,8 +9,6 @@ import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from jaxrl_llm import __version__
 from jaxrl_llm.bounds import shown, too_long_a_path
@@ -71,33 +68,6 @@ def unknown_key(prefix: str, key: str, value: Any, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
     hint = f"did you mean {prefix}{close[0]}?" if close else f"known keys: {', '.join(known)}"
     return f"config key {prefix}{key} (value {shown(value)}) does not exist; {hint}"
-
-
-def refuse_unknown_keys(overrides: Iterable[str]) -> None:
-    """Raise ValueError for an override `section.key=value` of a key that no config has, without importing jax.
-
-    Keys within lists and functions, and values that YAML cannot read, are left to `config.load_config`.
-    """
-    for override in overrides:
-        path, _, text = override.partition("=")
-        names, prefix = path.split("."), ""
-        known: Any = kept("config keys", _config_keys)
-        while names and known is not None:
-            key = names.pop(0)
-            if key not in known:
-                value: Any = text
-                with contextlib.suppress(ValueError, yaml.YAMLError):
-                    value = yaml.safe_load(text)
-                for name in reversed(names):
-                    value = {name: value}
-                raise ValueError(unknown_key(prefix, key, value, known))
-            known, prefix = known[key], f"{prefix}{key}."
-
-
-def _config_keys() -> dict[str, Any]:
-    from jaxrl_llm.config.parsing import key_tree  # slow import of jax: the keys are cached
-
-    return key_tree()
 
 
 def kept(name: str, make: Callable[[], Any]) -> Any:

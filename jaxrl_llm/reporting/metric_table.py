@@ -7,7 +7,6 @@ its charts from it, and tests hold that what is written is in it.
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 
@@ -373,8 +372,6 @@ PANELS = (
     ),
 )
 METRICS = tuple(metric for panel in PANELS for metric in panel.metrics)
-# Settings of an evaluation, which are no curves.
-CONSTANT = ("validation/problems", "validation/samples_per_problem")
 # What a clock or the machine says, which is another number when a step is taken again.
 OF_MACHINE = ("seconds", "tokens_per_second", "host_memory_gib", "device_memory_gib", "device_peak_memory_gib")
 
@@ -383,23 +380,3 @@ def described(name: str) -> Metric | None:
     """The row of a number's name: the one that is spelt so, else the one with the closest form; None for none."""
     fitting = [each for each in METRICS if each.name == name or fnmatch.fnmatchcase(name, each.pattern)]
     return max(fitting, key=lambda each: (each.name == name, len(each.pattern)), default=None)
-
-
-def panels(names: Sequence[str]) -> list[Panel]:
-    """The charts of numbers that there are, in the order of the table: one for each unit, so that an axis has one.
-
-    Numbers that are not in the table stand alone.
-    """
-    rows = {name: described(name) for name in names}
-
-    def drawn() -> Iterator[Panel]:
-        for panel in PANELS:
-            by_unit: dict[tuple[str, str], list[str]] = {}
-            for metric in panel.metrics:
-                for name in (name for name, row in rows.items() if row is metric and name not in CONSTANT):
-                    by_unit.setdefault((metric.unit, name if panel.apart else ""), []).append(name)
-            for (unit, name), own in by_unit.items():
-                title = name or (f"{panel.title}: {unit}" if unit and len(by_unit) > 1 else panel.title)
-                yield panel._replace(title=title, metrics=tuple(own), unit=unit)
-
-    return [*drawn(), *(Panel(name, (name,), "") for name, row in rows.items() if row is None)]

@@ -170,9 +170,7 @@ def _train(
     if grade is None and any(stage.stop_at_accuracy is not None for stage in stages):
         raise ValueError("warm_start.stop_at_accuracy is set, but the data has no reference answers; leave it out")
     _require_same_data(config, meta, fingerprint_of(stages, sets, data))
-    prompts = {stage.name: prompt_batches(stage.parts, sets[stage.name]["train"]) for stage in stages if stage.samples}
-    # Errors of all stages are raised now, not after the earlier stages have run.
-    rows = {stage.name: written_of(stage.parts, sets[stage.name]) for stage in stages}
+    prompts, rows = _batches(stages, sets)
     for split in ("validation", "test") if data else ():
         encoded(built, data[split])
     for stage in stages:
@@ -205,6 +203,23 @@ def _train(
         if local is not None:
             local.close(finished=True)
         return summary
+
+
+def _batches(stages: Sequence[Stage], sets: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(batches of prompts, written rows by step) of each stage, by name.
+
+    Raises:
+      ValueError: for what any stage refuses, before the first one runs.
+    """
+    prompts, rows = {}, {}
+    for stage in stages:
+        try:
+            if stage.samples:
+                prompts[stage.name] = prompt_batches(stage.parts, sets[stage.name]["train"])
+            rows[stage.name] = written_of(stage.parts, sets[stage.name])
+        except ValueError as error:
+            raise ValueError(f"{stage.name}: {error}" if len(stages) > 1 else str(error)) from None
+    return prompts, rows
 
 
 def _require_same_data(config: Config, meta: dict[str, Any], fingerprint: Mapping[str, Any]) -> None:

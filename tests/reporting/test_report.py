@@ -20,7 +20,8 @@ from jaxrl_llm.reporting.figures import smoothed
 from jaxrl_llm.reporting.file_columns import COMPLETION, FILES
 from jaxrl_llm.reporting.machine_report import memory_in_use
 from jaxrl_llm.reporting.metric_alarms import alarms
-from jaxrl_llm.reporting.metric_table import described, panels
+from jaxrl_llm.reporting.metric_panels import panels
+from jaxrl_llm.reporting.metric_table import described
 from jaxrl_llm.reporting.report import different_settings, rendered, write_report
 from jaxrl_llm.reporting.reported_run import ReportedRun, headline, headlines, kl_curves, read_run, series
 
