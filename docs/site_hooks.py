@@ -52,7 +52,8 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 
 def on_page_content(html: str, page: Any, **_: Any) -> str:
-    """The formulas in the place of their marks."""
+    """The formulas in the place of their marks; those in a paragraph of their own may scroll."""
+    html = re.sub(r"<p>(FORMULA\d+ENDS)</p>", r'<p class="formula">\1</p>', html)
     return re.sub(r"FORMULA(\d+)ENDS", lambda m: page.meta["mathml"][int(m[1])], html)
 
 
