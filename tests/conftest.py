@@ -22,7 +22,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Child processes inherit it. JAXRL_TESTS_OPTIMISED=1 compiles with the default optimisations.
 if os.environ["JAX_PLATFORMS"] == "cpu" and os.environ.get("JAXRL_TESTS_OPTIMISED", "0") in ("", "0"):
     os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-    flags = "--xla_cpu_parallel_codegen_split_count=1"
+    flags = "--xla_cpu_parallel_codegen_split_count=1 --xla_llvm_disable_expensive_passes=true"
     # An unknown flag ends the process; jaxlib 0.12 no longer has this one.
     if tuple(int(part) for part in version("jaxlib").split(".")[:2]) < (0, 11):
         flags += " --xla_cpu_use_fusion_emitters=false"
