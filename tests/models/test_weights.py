@@ -424,7 +424,7 @@ def test_a_model_is_read_into_a_mesh_and_written_from_it(case, make_checkpoint, 
     root = str(Path(jaxrl_llm.__file__).parent.parent)
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4",
         "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")])),
     }
     command = [sys.executable, __file__, str(checkpoint.directory), str(tmp_path / "out")]
