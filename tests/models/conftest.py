@@ -474,6 +474,22 @@ def checkpoint(request, make_checkpoint) -> SimpleNamespace:
     return make_checkpoint(request.param)
 
 
+# One of each kind of weights, and one with a vision part.
+EXPORTED = {"llama", "qwen2 tied", "phi3 partly rotated", "gemma3", "glm4_moe", "mixtral", "gpt_oss", "deepseek_v3"}
+EXPORTED |= {"qwen3_next", "qwen2.5 with vision"}
+
+
+@pytest.fixture(
+    scope="session",
+    params=[
+        pytest.param(case, marks=[] if case in EXPORTED else pytest.mark.slow) for case in (*CASES, *VISION_LANGUAGE)
+    ],
+)
+def exported(request, make_checkpoint) -> SimpleNamespace:
+    """The checkpoint of a case of each kind of weights, and of all of them in the slow suite."""
+    return make_checkpoint(request.param)
+
+
 @pytest.fixture(scope="session")
 def batch() -> SimpleNamespace:
     """Three left-padded rows; the longest is almost three windows long."""
