@@ -65,7 +65,9 @@ def test_the_mean_gradient_is_that_of_the_divergence(horizon, exact):
 
 def test_tokens_of_an_older_policy_are_weighted():
     older = STUDENT[0], STUDENT[1] + drawn_scores()[1]  # the first token drawn alike
-    for found, wanted in zip(expected_gradient("token", older), jax.jit(jax.grad(at_visited_states))(STUDENT), strict=True):
+    for found, wanted in zip(
+        expected_gradient("token", older), jax.jit(jax.grad(at_visited_states))(STUDENT), strict=True
+    ):
         np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-6)
 
 
