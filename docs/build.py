@@ -7,6 +7,7 @@ those of docs/survival.md.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import re
@@ -96,9 +97,14 @@ def method_section(entry: dict[str, Any], used: Sequence[dict[str, Any]]) -> str
     return "\n\n".join([*parts, "\n".join(f"- {fact}" for fact in facts)]) if facts else "\n\n".join(parts)
 
 
+@functools.cache
+def recipe_files() -> dict[str, Path]:
+    return {path.stem: path for path in shipped.method_files()}
+
+
 def recipe_link(name: str) -> str:
     """A link to a recipe's file."""
-    path = shipped.recipe_path(name).relative_to(shipped.recipe_directory())
+    path = recipe_files()[name].relative_to(shipped.recipe_directory())
     return f"[{name}](../configs/methods/{path})"
 
 
@@ -119,9 +125,10 @@ def uses(recipes: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
+@functools.cache
 def own_entries(name: str) -> list[dict[str, Any]]:
     """A recipe's entries without those of the base that it extends, unless it has no others."""
-    path = shipped.recipe_path(name)
+    path = recipe_files()[name]
     return catalogue.entries(yaml.safe_load(path.read_text())) or catalogue.entries(read_tree(path))
 
 

@@ -22,7 +22,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Child processes inherit it. JAXRL_TESTS_OPTIMISED=1 compiles with the default optimisations.
 if os.environ["JAX_PLATFORMS"] == "cpu" and os.environ.get("JAXRL_TESTS_OPTIMISED", "0") in ("", "0"):
     os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-    flags = "--xla_cpu_parallel_codegen_split_count=1"
+    flags = "--xla_cpu_parallel_codegen_split_count=1 --xla_llvm_disable_expensive_passes=true"
     # An unknown flag ends the process; jaxlib 0.12 no longer has this one.
     if tuple(int(part) for part in version("jaxlib").split(".")[:2]) < (0, 11):
         flags += " --xla_cpu_use_fusion_emitters=false"
@@ -64,9 +64,14 @@ def programs_of_tests() -> Path | None:
 
 
 def pytest_collection_finish():
-    """Imported modules are excluded from garbage collection, which would search them repeatedly for seconds."""
+    """Imported modules are excluded from garbage collection, which would search them repeatedly for seconds.
+
+    It is also less frequent: a search of everything takes a twentieth of the time of the tests otherwise, and
+    `freed_programs` asks for one where programs are to be freed.
+    """
     gc.collect()
     gc.freeze()
+    gc.set_threshold(5_000, 20, 1_000)
 
 
 @pytest.hookimpl(trylast=True)

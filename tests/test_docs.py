@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import re
 import sys
@@ -175,6 +176,7 @@ def test_generated_references_are_up_to_date(build, module, page, name):
     assert getattr(getattr(build, module), page)() == (DOCS / f"{name}.md").read_text(), "run python docs/build.py"
 
 
+@functools.cache
 def anchors(path):
     """The anchors of a page, as GitHub and the site make them."""
     headings = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```", "", path.read_text(), flags=re.M | re.S), re.M)

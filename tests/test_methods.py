@@ -502,13 +502,13 @@ def a_stage_trains(built: Parts, start: Any) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=pytest.mark.slow) if number % 14 else name
+        pytest.param(name, marks=pytest.mark.slow) if number % 28 else name
         for number, name in enumerate(RECIPES)
         if name not in AMONG_THE_FAST
     ],
 )
 def test_a_recipe_is_composed_and_traced(name, micro):
-    """Shapes of all arrays of a step, without running it. Every eighth is fast; test_config.py composes all."""
+    """Shapes of all arrays of a step, without running it. One of 28 is fast; test_config.py composes all."""
     for built in stages_of(micro(name)):
         a_stage_is_traced(built)
 

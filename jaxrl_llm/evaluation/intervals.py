@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import numpy as np
 from jaxtyping import Float
-from scipy.stats import binomtest
 
 from jaxrl_llm.ranges import Count, Natural, ranged
 
@@ -59,6 +58,8 @@ def sign_test(first: Float[np.ndarray, "N"], second: Float[np.ndarray, "N"]) -> 
     >>> round(sign_test([0, 0, 0, 0, 0, 1], [1, 1, 1, 1, 1, 1]), 6)
     0.0625
     """
+    from scipy.stats import binomtest  # takes a second to import
+
     difference = np.asarray(second, np.float64) - np.asarray(first, np.float64)
     ahead, behind = int((difference > 0).sum()), int((difference < 0).sum())
     return float(binomtest(ahead, ahead + behind).pvalue) if ahead + behind else 1.0

@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float
-from scipy.stats import rankdata
 
 
 class ReliabilityBin(NamedTuple):
@@ -112,6 +111,8 @@ def auroc(confidence: Float[np.ndarray, "N"], correct: Bool[np.ndarray, "N"]) ->
     Raises:
       ValueError: for no samples, different lengths or NaN.
     """
+    from scipy.stats import rankdata  # takes a second to import
+
     c, y = _checked(confidence, correct, bounded=False)
     right, wrong = y.sum(), len(y) - y.sum()
     if not right or not wrong:

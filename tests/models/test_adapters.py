@@ -86,7 +86,7 @@ def test_before_it_learns_it_is_exactly_the_base(layer_loop):
     np.testing.assert_array_equal(hidden_of(adapted(learned=False), layer_loop), hidden_of(base_params(), layer_loop))
 
 
-@pytest.mark.parametrize("bits", [0, 8, 4])
+@pytest.mark.parametrize("bits", [0, pytest.param(8, marks=pytest.mark.slow), 4])
 def test_merged_parameters_compute_the_same(bits):
     params = adapted(bits)
     assert np.abs(hidden_of(params) - hidden_of(without_adapters(params))).max() > 0.05
@@ -100,7 +100,7 @@ def test_merged_is_the_formula():
     np.testing.assert_allclose(merged(adapted())["blocks"]["attention_out"], expected, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("bits", [0, 8, 4])
+@pytest.mark.parametrize("bits", [0, 8, pytest.param(4, marks=pytest.mark.slow)])
 def test_scanned_is_unrolled_and_cached_is_uncached(bits):
     params, expected = adapted(bits), hidden_of(adapted(bits))
     np.testing.assert_allclose(hidden_of(params, "scanned"), expected, rtol=1e-5, atol=1e-5)
@@ -319,7 +319,7 @@ def test_a_config_that_cannot_work_is_refused(config, message):
         LoraConfig(**config)
 
 
-@pytest.mark.parametrize("bits", [0, 8, 4])
+@pytest.mark.parametrize("bits", [pytest.param(0, marks=pytest.mark.slow), pytest.param(8, marks=pytest.mark.slow), 4])
 def test_every_expert_has_an_adapter_of_its_own(bits):
     with_experts = {"experts": EXPERTS}
     params = adapted(bits, **with_experts)

@@ -64,7 +64,7 @@ def test_chunks_say_what_tokens_say_one_by_one(length, chunk):
         assert np.abs(one - other).max() < 1e-5 * max(1.0, np.abs(other).max())
 
 
-@pytest.mark.parametrize("chunk", [4, 64])
+@pytest.mark.parametrize("chunk", [4, pytest.param(64, marks=pytest.mark.slow)])
 def test_a_packed_sequence_starts_with_nothing_remembered(chunk):
     rng, lengths = np.random.default_rng(5), (5, 1, 7)
     normal = lambda *shape: jnp.asarray(rng.standard_normal((1, 13, *shape)), jnp.float32)  # noqa: E731

@@ -61,7 +61,7 @@ def test_eight_devices_say_what_one_says(every_case, make_checkpoint, tmp_path):
     root = str(Path(jaxrl_llm.__file__).parent.parent)
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8",
         "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")])),
     }
     directories = json.dumps({case: str(checkpoint.directory) for case, checkpoint in checkpoints.items()})

@@ -119,7 +119,7 @@ def test_every_token_of_their_greedy_text_is_our_best_one(thorough, batch):
     assert len(np.unique(expected)) > 5
 
 
-@pytest.mark.parametrize("case", ["gemma3", "deepseek_v3"])
+@pytest.mark.parametrize("case", [pytest.param("gemma3", marks=pytest.mark.slow), "deepseek_v3"])
 def test_a_greedy_continuation_of_32_tokens_is_the_same(case, make_checkpoint, batch):
     checkpoint = make_checkpoint(case)
     prompts = Prompts(

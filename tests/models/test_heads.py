@@ -40,7 +40,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def policy(model):
-    return model.init(jax.random.key(0))
+    return jax.jit(model.init)(jax.random.key(0))
 
 
 @pytest.fixture(scope="module")
@@ -165,12 +165,17 @@ def test_outputs_are_float32_for_hidden_states_in_bfloat16(config):
             parameter_dtype="bfloat16",
         )
     )
-    policy = model.init(jax.random.key(0))
     head = init_head(model, jax.random.key(1), config)
     tokens, positions = jnp.array([[1, 2, 3]]), jnp.array([[0, 1, 2]])
-    hidden, _ = model.apply(policy, tokens, positions, None)
+
+    @jax.jit
+    def hidden_and_rewards(key, head):
+        policy = model.init(key)
+        hidden, _ = model.apply(policy, tokens, positions, None)
+        return hidden, sequence_reward(model, policy, head, tokens, positions)
+
+    hidden, rewards = hidden_and_rewards(jax.random.key(0), head)
     assert hidden.dtype == jnp.bfloat16
-    rewards = sequence_reward(model, policy, head, tokens, positions)
     assert rewards.dtype == jnp.float32
     # The product is in float32 too: nothing is rounded but the hidden states.
     expected = head_outputs(head, hidden.astype(jnp.float32))[:, -1, 0]
@@ -218,12 +223,13 @@ def test_a_head_that_cannot_be_is_refused(change, message):
 
 
 def test_what_does_not_fit_is_refused_by_name(model, policy):
-    head, tokens = init_head(model, jax.random.key(1)), jnp.zeros((2, 3), jnp.int32)
+    head, tokens = init_head(model, jax.random.key(1)), np.zeros((2, 3), np.int32)
+    reward, outputs = (partial(jax.eval_shape, partial(of, model), policy) for of in (sequence_reward, token_outputs))
     with pytest.raises(ValueError, match=r"tokens have shape \(2, 3\) and positions \(3,\)"):
-        sequence_reward(model, policy, head, tokens, jnp.arange(3))
+        reward(head, tokens, np.arange(3))
     with pytest.raises(ValueError, match="reads hidden states of width 5, but these have width 16"):
-        token_outputs(model, policy, {"weight": jnp.zeros((5, 1))}, tokens, tokens)
+        outputs({"weight": np.zeros((5, 1))}, tokens, tokens)
     with pytest.raises(ValueError, match="the head has 3 outputs, but a sequence reward is one number"):
-        sequence_reward(model, policy, {"weight": jnp.zeros((16, 3))}, tokens, tokens)
+        reward({"weight": np.zeros((16, 3))}, tokens, tokens)
     with pytest.raises(ValueError, match="backbone is 'copied'; it must be 'own' or 'shared'"):
         from_policy(model, policy, jax.random.key(1), backbone="copied")

@@ -48,7 +48,7 @@ def test_samples_share_the_full_pages_of_their_prompt():
     assert cache.pages_per_layer(LAYERS) == len(LENGTHS) * 3 + len(LENGTHS) * SAMPLES * own
 
 
-@pytest.mark.parametrize("grown", [False, True])
+@pytest.mark.parametrize("grown", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_pages_hold_the_tokens_in_order_and_what_is_written_behind_them(grown):
     given = prefilled()
     cache = paged(given, SAMPLES, 4 if grown else 20)

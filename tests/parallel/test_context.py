@@ -18,7 +18,7 @@ def facts(tmp_path_factory) -> dict[str, np.ndarray]:
     root, path = str(Path(jaxrl_llm.__file__).parent.parent), tmp_path_factory.mktemp("context") / "facts.npz"
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8",
         "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")])),
     }
     command = [sys.executable, str(Path(__file__).with_name("context_facts.py")), str(path)]

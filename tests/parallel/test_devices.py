@@ -143,7 +143,7 @@ def one_and_eight(tmp_path_factory):
     root = str(Path(jaxrl_llm.__file__).parent.parent)
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8",
         "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")])),
     }
     command = [sys.executable, __file__, str(path)]

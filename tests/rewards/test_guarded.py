@@ -170,7 +170,7 @@ FAULTS = {
                 ),
             ],
         ),
-        pytest.param("exits", marks=[pytest.mark.fault("functions", "`sys.exit`", "the same")]),
+        pytest.param("exits", marks=[pytest.mark.slow, pytest.mark.fault("functions", "`sys.exit`", "the same")]),
         pytest.param(
             "interrupts",
             marks=[pytest.mark.slow, pytest.mark.fault("functions", "raises `KeyboardInterrupt`", "the same")],
@@ -206,11 +206,12 @@ FAULTS = {
         pytest.param(
             "dies_of_one",
             marks=[
+                pytest.mark.slow,
                 pytest.mark.fault(
                     "functions",
                     "crashes on one row (SIGSEGV)",
                     "the same: that row fails, the others keep their values",
-                )
+                ),
             ],
         ),
         pytest.param(

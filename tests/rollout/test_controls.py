@@ -70,7 +70,7 @@ def first_tokens(controls, **options):
         (Controls(top_k=2), [2, 3]),
         (Controls(top_p=0.65), [2, 3]),
         (Controls(top_p=0.66), [2, 3, 4]),
-        (Controls(top_p=0.01), [2]),
+        pytest.param(Controls(top_p=0.01), [2], marks=pytest.mark.slow),
         (Controls(min_p=0.3), [2, 3, 4]),
         (Controls(top_k=3, min_p=0.5), [2, 3]),
         (Controls(allowed_ids=(4, 5)), [1, 4, 5]),

@@ -74,7 +74,7 @@ def test_the_batch_is_worth_the_tests():
     "slots, layer_loop",
     [
         pytest.param(1, "unrolled", marks=pytest.mark.slow),
-        (5, "unrolled"),
+        pytest.param(5, "unrolled", marks=pytest.mark.slow),
         (4, "scanned"),
         pytest.param(64, "scanned", marks=pytest.mark.slow),
     ],

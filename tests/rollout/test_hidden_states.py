@@ -27,7 +27,9 @@ def rows(width):
 
 
 @pytest.mark.parametrize("width", [pytest.param(1, marks=pytest.mark.slow), WIDTH])
-@pytest.mark.parametrize("more", [{}, {"window": 3}], ids=["full attention", "windowed"])
+@pytest.mark.parametrize(
+    "more", [{}, pytest.param({"window": 3}, marks=pytest.mark.slow)], ids=["full attention", "windowed"]
+)
 def test_a_prompt_may_be_gone_through_once_for_its_samples(more, width):
     model = transformer(TransformerConfig(**SIZES, **more))
     params, given = model.init(jax.random.key(0)), rows(width)

@@ -153,7 +153,7 @@ def test_places_that_stay_empty_have_no_weight_and_change_nothing(model, params)
 # ---- adaptive -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("on_host", [False, True])
+@pytest.mark.parametrize("on_host", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_prompts_are_sampled_until_they_have_enough_of_both_kinds(model, params, on_host):
     prompts, kept = make_prompts(8), 2
     step = composed(
@@ -465,14 +465,14 @@ def test_prompts_are_talked_about_until_they_have_enough_of_both_kinds(model, pa
 @pytest.mark.parametrize(
     "plan",
     [
-        plain(samples_per_prompt=4),
-        demonstration_in_group(plain(samples_per_prompt=4), **WIDTHS),
-        in_rounds(4, max_rounds=2, samples_per_round=4),
+        pytest.param(plain(samples_per_prompt=4), marks=pytest.mark.slow),
+        pytest.param(demonstration_in_group(plain(samples_per_prompt=4), **WIDTHS), marks=pytest.mark.slow),
+        pytest.param(in_rounds(4, max_rounds=2, samples_per_round=4), marks=pytest.mark.slow),
         resumed(from_the_start),
         mixed_temperature(plain(samples_per_prompt=4), samples_per_prompt=4, prompt_share=1.0, temperature=1.5),
         budget(plain(samples_per_prompt=4), samples_per_prompt=4, prompt_ids=1, least=1, most=8),
         pytest.param(by_priority(clock="rollouts"), marks=pytest.mark.slow),
-        refilled(samples=4, max_rounds=2),
+        pytest.param(refilled(samples=4, max_rounds=2), marks=pytest.mark.slow),
     ],
     ids=["plain", "demonstration", "adaptive", "resume", "mixed_temperature", "budget", "prioritized", "refill"],
 )

@@ -139,7 +139,9 @@ def every_sample(rows, samples=SAMPLES):
     return {name: np.asarray(rows[name]).reshape(-1, samples, *rows[name].shape[1:]) for name in names}
 
 
-@pytest.mark.parametrize("first", [2, np.array([2, 0, 1])], ids=["one for all", "one a prompt"])
+@pytest.mark.parametrize(
+    "first", [pytest.param(2, marks=pytest.mark.slow), np.array([2, 0, 1])], ids=["one for all", "one a prompt"]
+)
 def test_samples_are_numbered_from_the_first(params, rows, first):
     """Later samples of a prompt, drawn alone, are those that are drawn with all others."""
     later = program(params, prompts_of(), 1.0, samples=2, first_sample=jnp.asarray(first))

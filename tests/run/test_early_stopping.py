@@ -66,13 +66,21 @@ def test_a_run_stops_early_and_does_so_when_it_is_resumed(micro_yaml, tmp_path, 
     [
         (["training.stop_when={metric: rewards}"], "stop_when.metric is 'rewards'; did you mean 'reward'"),
         (["training.stop_when={metric: validation/pass@1}", "evaluation.every_steps=0"], "set evaluation.every_steps"),
-        (["training.stop_when={metric: validation/pass@3}"], "'validation/pass@3'; did you mean 'validation/pass@"),
+        pytest.param(
+            ["training.stop_when={metric: validation/pass@3}"],
+            "'validation/pass@3'; did you mean 'validation/pass@",
+            marks=pytest.mark.slow,
+        ),
         (["training.stop_when={metric: reward, patience: 0}"], "patience is 0"),
         (
             ["checkpoints.keep_best=1", "evaluation.every_steps=0"],
             "checkpoints.best_metric is .* evaluation.every_steps",
         ),
-        (["checkpoints.keep_best=1", "checkpoints.best_metric=foo"], "checkpoints.best_metric is 'foo'; known"),
+        pytest.param(
+            ["checkpoints.keep_best=1", "checkpoints.best_metric=foo"],
+            "checkpoints.best_metric is 'foo'; known",
+            marks=pytest.mark.slow,
+        ),
         (["training.stop_when={metric: reward, min_delta: -1}"], r"min_delta is -1"),
         (["training.stop_when={metric: reward, best_is: max}"], "'highest' or 'lowest'"),
     ],

@@ -54,7 +54,9 @@ def step_of(model, **sampling):
     )
 
 
-@pytest.mark.parametrize("named", [True, False], ids=["items that say their id", "items that do not"])
+@pytest.mark.parametrize(
+    "named", [pytest.param(True, marks=pytest.mark.slow), False], ids=["items that say their id", "items that do not"]
+)
 def test_one_step_off_policy_the_items_are_those_of_the_rows(make_bigram, named):
     step = step_of(make_bigram(VOCABULARY), off_policy_steps=1)
     state = step.prime(step.init(jax.random.key(0)), prompts_of(0), items_of(0, named=named))
@@ -64,7 +66,9 @@ def test_one_step_off_policy_the_items_are_those_of_the_rows(make_bigram, named)
         np.testing.assert_array_equal(rows["correct"] > 0, rows["rewards"] >= 1)
 
 
-@pytest.mark.parametrize("named", [True, False], ids=["items that say their id", "items that do not"])
+@pytest.mark.parametrize(
+    "named", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["items that say their id", "items that do not"]
+)
 def test_further_prompts_of_a_round_have_items_of_their_own(make_bigram, named):
     plan = plans.refill(plans.plain(samples_per_prompt=SAMPLES), samples_per_prompt=SAMPLES, max_rounds=3)
     step = step_of(make_bigram(VOCABULARY), plan=plan)

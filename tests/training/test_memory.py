@@ -78,7 +78,7 @@ def temporary_bytes(compiled) -> int:
 
 CASES = [
     {"samples": "vocabulary", "generator": "reverse_kl"},
-    {"samples": "vocabulary", "generator": "jensen_shannon"},
+    pytest.param({"samples": "vocabulary", "generator": "jensen_shannon"}, marks=pytest.mark.slow),
     {"samples": "top_k", "generator": "forward_kl", "k": 16},
 ]
 

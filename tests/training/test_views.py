@@ -303,7 +303,7 @@ def ask_by_text(completion):
     return None if int(first) % 2 == 0 else first
 
 
-@pytest.mark.parametrize("view", [ask_in_the_program, ask_by_text])
+@pytest.mark.parametrize("view", [pytest.param(ask_in_the_program, marks=pytest.mark.slow), ask_by_text])
 def test_a_network_may_write_a_view_and_readings_get_its_text(bigram, make_prompts, view):
     found = []
     for size in (None, 2):
@@ -426,7 +426,7 @@ def go_on_in_the_program(verdict_tokens, verdict_length):
     return Sequences(last, ones, last[:, :0], 0 * ones, jnp.zeros((len(last), 0)))
 
 
-@pytest.mark.parametrize("again", [go_on_by_text, go_on_in_the_program])
+@pytest.mark.parametrize("again", [pytest.param(go_on_by_text, marks=pytest.mark.slow), go_on_in_the_program])
 def test_a_view_may_be_made_of_what_a_network_wrote_as_another(bigram, make_prompts, again):
     written = {"max_completion_tokens": 3, "written_by": "policy", "temperature": 0.0}
     # In alphabetical order the second one is first.

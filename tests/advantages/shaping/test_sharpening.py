@@ -4,13 +4,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl_llm.advantages import group_normalized, novelty_sharpened
+from jaxrl_llm.advantages import novelty_sharpened
 
-GROUP = jnp.zeros(4, jnp.int32)
-WEIGHT = jnp.ones(4)
-ADVANTAGES = group_normalized(jnp.array([1.0, 0, 0, 1]), GROUP, WEIGHT)[:, None]
-SCORES = jnp.array([-0.2, -0.5, -0.6, -0.9])[:, None]
-MASK = jnp.ones((4, 1))
+GROUP = np.zeros(4, np.int32)
+WEIGHT = np.ones(4, np.float32)
+# Those of `group_normalized` for the rewards 1, 0, 0, 1.
+ADVANTAGES = np.float32([[0.866024], [-0.866024], [-0.866024], [0.866024]])
+SCORES = np.float32([[-0.2], [-0.5], [-0.6], [-0.9]])
+MASK = np.ones((4, 1), np.float32)
 
 
 def test_worked_example():
@@ -33,7 +34,7 @@ def test_only_improbable_right_answers_gain():
 
 
 def test_the_bonus_is_bounded_by_the_advantage():
-    unlikely = SCORES.at[3].set(-60.0)
+    unlikely = np.float32([[-0.2], [-0.5], [-0.6], [-60.0]])
     for cap in (0.1, 1.0):
         gained = novelty_sharpened(ADVANTAGES, unlikely, GROUP, MASK, WEIGHT, strength=50.0, cap=cap)[3, 0]
         np.testing.assert_allclose(gained, ADVANTAGES[3, 0] * (1 + cap), rtol=1e-6)
@@ -57,7 +58,7 @@ def test_a_group_of_equal_likelihood_or_of_one_is_untouched():
 
 
 def test_impossible_answers_are_finite():
-    sharpened = novelty_sharpened(ADVANTAGES, SCORES.at[0].set(-1e4), GROUP, MASK, WEIGHT)
+    sharpened = novelty_sharpened(ADVANTAGES, np.float32([[-1e4], [-0.5], [-0.6], [-0.9]]), GROUP, MASK, WEIGHT)
     assert np.isfinite(sharpened).all()
 
 

@@ -10,14 +10,19 @@ import pytest
 from jaxrl_llm.losses import teacher_reverse_kl
 
 SYMBOLS = 3
-KEYS = jax.random.split(jax.random.key(4), 4)
-# A first token, and a second one given the first: scores of student and teacher.
-STUDENT = jax.random.normal(KEYS[0], (SYMBOLS,)), jax.random.normal(KEYS[1], (SYMBOLS, SYMBOLS))
-TEACHER = jax.random.normal(KEYS[2], (SYMBOLS,)), 2 * jax.random.normal(KEYS[3], (SYMBOLS, SYMBOLS))
-ALL = jnp.array(list(itertools.product(range(SYMBOLS), repeat=2)))
-MASK = jnp.ones(ALL.shape)
-LP, OLD, REF = jnp.array([[-1.0, -2.0, -0.5]]), jnp.array([[-1.2, -2.0, -0.5]]), jnp.array([[-1.5, -1.0, -0.25]])
-INSIDE = jnp.array([[1.0, 1, 0]])
+RNG = np.random.default_rng(4)
+
+
+def drawn_scores():
+    """Of a first token, and of a second one given the first."""
+    return tuple(RNG.normal(size=shape).astype(np.float32) for shape in (SYMBOLS, (SYMBOLS, SYMBOLS)))
+
+
+STUDENT, TEACHER = drawn_scores(), drawn_scores()
+ALL = np.array(list(itertools.product(range(SYMBOLS), repeat=2)))
+MASK = np.ones(ALL.shape, np.float32)
+LP, OLD, REF = np.float32([[-1.0, -2.0, -0.5]]), np.float32([[-1.2, -2.0, -0.5]]), np.float32([[-1.5, -1.0, -0.25]])
+INSIDE = np.float32([[1.0, 1, 0]])
 
 
 def scored(scores):
@@ -27,24 +32,16 @@ def scored(scores):
 
 def expected_gradient(horizon, old=STUDENT):
     """Mean over all completions of the loss's gradient, each as often as `old` draws it."""
-    drawn = jnp.exp(scored(old).sum(1))
+
+    def of_a_row(lp, old, teacher):
+        options = {"horizon": horizon, "aggregation": "seq_mean_token_sum"}
+        return teacher_reverse_kl(lp[None], old[None], teacher[None], MASK[:1], **options).value
 
     def mean(scores):
-        lp = scored(scores)
-        rows = [
-            teacher_reverse_kl(
-                lp[i : i + 1],
-                scored(old)[i : i + 1],
-                scored(TEACHER)[i : i + 1],
-                MASK[:1],
-                horizon=horizon,
-                aggregation="seq_mean_token_sum",
-            ).value
-            for i in range(len(ALL))
-        ]
-        return (drawn * jnp.stack(rows)).sum()
+        rows = jax.vmap(of_a_row)(scored(scores), scored(old), scored(TEACHER))
+        return (jnp.exp(scored(old).sum(1)) * rows).sum()
 
-    return jax.grad(mean)(STUDENT)
+    return jax.jit(jax.grad(mean))(STUDENT)
 
 
 def divergence(scores):
@@ -62,13 +59,15 @@ def at_visited_states(scores):
 
 @pytest.mark.parametrize(("horizon", "exact"), [("token", at_visited_states), ("rest", divergence)])
 def test_the_mean_gradient_is_that_of_the_divergence(horizon, exact):
-    for found, wanted in zip(expected_gradient(horizon), jax.grad(exact)(STUDENT), strict=True):
+    for found, wanted in zip(expected_gradient(horizon), jax.jit(jax.grad(exact))(STUDENT), strict=True):
         np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-6)
 
 
 def test_tokens_of_an_older_policy_are_weighted():
-    older = STUDENT[0], STUDENT[1] + jax.random.normal(KEYS[2], (SYMBOLS, SYMBOLS))  # the first token drawn alike
-    for found, wanted in zip(expected_gradient("token", older), jax.grad(at_visited_states)(STUDENT), strict=True):
+    older = STUDENT[0], STUDENT[1] + drawn_scores()[1]  # the first token drawn alike
+    for found, wanted in zip(
+        expected_gradient("token", older), jax.jit(jax.grad(at_visited_states))(STUDENT), strict=True
+    ):
         np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-6)
 
 

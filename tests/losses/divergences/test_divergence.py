@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -37,6 +39,8 @@ FAMILY = {name: {"generator": name} for name in GENERATORS} | {
     "alpha(0.2)": {"generator": "alpha", "alpha": 0.2},
     "jensen_shannon(0.1)": {"generator": "jensen_shannon", "mixture": 0.1},
 }
+# With divergences that are no means of samples.
+WIDER = FAMILY | {"renyi": {"generator": "renyi"}, "renyi(2)": {"generator": "renyi", "alpha": 2.0}}
 DIRECTIONS = ("policy_to_reference", "reference_to_policy")
 SAMPLED_FORMS = [
     (samples, gradient, level)
@@ -53,7 +57,7 @@ def member(options: dict, **more):
     return generator(options["generator"], **rest, **more)
 
 
-def evaluate(loss, lp, ref, mask, old):
+def evaluated(loss, lp, ref, mask, old):
     """Call a sampled form with the data that it names."""
     return loss(lp, ref, mask, old) if "old_logprobs" in signature(loss).required else loss(lp, ref, mask)
 
@@ -66,6 +70,12 @@ def log_distributions(shape):
     draws = np.random.default_rng(0).normal(scale=1.5, size=(2, *shape))
     p, q = jax.nn.log_softmax(jnp.asarray(draws, jnp.float32))
     return p, q
+
+
+def all_vocabulary_forms(form_of):
+    """name -> form_of(name, options) for every member and Renyi's: one program for all of them."""
+    found = functools.cache(lambda: jax.device_get(jax.jit(lambda: {k: form_of(k, v) for k, v in WIDER.items()})()))
+    return lambda name: found()[name]
 
 
 # Worked examples
@@ -281,26 +291,31 @@ def test_chunked_pass_equals_the_whole_array(name):
         per_token = jnp.sum(jnp.exp(log_q) * f.value(log_p - log_q), axis=-1)
         return jnp.sum(per_token * mask) / mask.sum()
 
-    close(chunked(log_p), direct(log_p), 1e-5)
-    close(jax.grad(chunked)(log_p), jax.grad(direct)(log_p), 1e-4)
+    (value, slope), (expected, expected_slope) = (jax.jit(jax.value_and_grad(x))(log_p) for x in (chunked, direct))
+    close(value, expected, 1e-5)
+    close(slope, expected_slope, 1e-4)
 
 
-@pytest.mark.parametrize("options", [*FAMILY.values(), {"generator": "renyi"}, {"generator": "renyi", "alpha": 2.0}])
-def test_top_k_is_a_lower_bound_that_grows_to_the_exact_value(options):
+@all_vocabulary_forms
+def over_the_top_k(name, options):
+    """k -> values of distributions over seven tokens; without a k the exact ones."""
     p, q = log_distributions(shape=(12, 7))
+    forms = {k: divergence(**options, samples="top_k", k=k) for k in (1, 3, 6, 7, 100)}
+    forms[0] = divergence(**options, samples="vocabulary")
+    return {k: form.over_vocabulary(p, q) for k, form in forms.items()}
 
-    def at(k):
-        return np.asarray(divergence(**options, samples="top_k", k=k).over_vocabulary(p, q))
 
-    exact = np.asarray(divergence(**options, samples="vocabulary").over_vocabulary(p, q))
-    one, three, six = at(1), at(3), at(6)
-    np.testing.assert_array_equal(at(7), exact)
-    np.testing.assert_array_equal(at(100), exact)
+@pytest.mark.parametrize("name", WIDER)
+def test_top_k_is_a_lower_bound_that_grows_to_the_exact_value(name):
+    at = over_the_top_k(name)
+    one, three, six, exact = at[1], at[3], at[6], at[0]
+    np.testing.assert_array_equal(at[7], exact)
+    np.testing.assert_array_equal(at[100], exact)
     np.testing.assert_allclose(six, exact, rtol=1e-3, atol=1e-5)  # a remainder of one token is exact
     slack = 1e-4 * exact + 1e-6
-    assert bool((one <= three + slack).all())
-    assert bool((three <= six + slack).all())
-    assert bool((one < exact).all())
+    assert (one <= three + slack).all()
+    assert (three <= six + slack).all()
+    assert (one < exact).all()
 
 
 def test_top_k_keeps_the_reference_s_largest_and_all_of_the_mass():
@@ -328,64 +343,87 @@ def test_renyi_follows_from_alpha_and_is_swapped_by_direction():
         np.testing.assert_allclose(swapped.over_vocabulary(q, p), got, rtol=1e-5)
 
 
-@pytest.mark.parametrize("options", [*FAMILY.values(), {"generator": "renyi"}, {"generator": "renyi", "alpha": 2.0}])
-@pytest.mark.parametrize("samples", ["vocabulary", "top_k"])
-def test_vocabulary_forms_stay_finite_at_the_extremes(options, samples):
+def at_the_extremes(name, samples):
+    options = WIDER[name]
     loss = divergence(**options, samples=samples, **({"k": 2} if samples == "top_k" else {}))
     peaks = jnp.array([[50.0, 0, 0, -50], [-50, 0, 0, 50], [0, 0, 0, 0], [50, 0, 0, 0]])
     masked = peaks.at[3, 1].set(-jnp.inf)  # a token that cannot be sampled
     dtype = jnp.bfloat16 if options["generator"] == "jeffreys" else jnp.float32
     log_q = jax.nn.log_softmax(peaks[jnp.array([1, 0, 0, 1])].astype(dtype))
-    value, gradient = jax.value_and_grad(lambda logits: loss.over_vocabulary(jax.nn.log_softmax(logits), log_q).sum())(
+    return jax.value_and_grad(lambda logits: loss.over_vocabulary(jax.nn.log_softmax(logits), log_q).sum())(
         masked.astype(dtype)
     )
+
+
+@all_vocabulary_forms
+def every_extreme(name, options):
+    return {samples: at_the_extremes(name, samples) for samples in ("vocabulary", "top_k")}
+
+
+@pytest.mark.parametrize("name", WIDER)
+@pytest.mark.parametrize("samples", ["vocabulary", "top_k"])
+def test_vocabulary_forms_stay_finite_at_the_extremes(name, samples):
+    value, gradient = every_extreme(name)[samples]
     assert value.dtype == jnp.float32
-    assert bool(jnp.isfinite(value))
-    assert bool(jnp.isfinite(gradient).all())
+    assert np.isfinite(value)
+    assert np.isfinite(gradient.astype(np.float32)).all()
 
 
 # Laws of every sampled form
 
 
+EXTREME_MASK = np.float32([[1.0, 1, 1, 0], [0.5, 0.5, 0, 0], [0, 0, 0, 0]])
+
+
+@jax.jit
+def every_sampled_form(lp, ref, old):
+    """(name, *form) -> (value, gradient by the log-probabilities) of every member in every sampled form."""
+
+    def value_and_slope(name, samples, gradient, level):
+        loss = divergence(**FAMILY[name], samples=samples, gradient=gradient, level=level)
+        # All generators share the cast to float32, so one of them is tested in bfloat16.
+        data = [x.astype(jnp.bfloat16 if name == "jeffreys" else jnp.float32) for x in (lp, ref, old)]
+        return jax.value_and_grad(lambda lp, ref, old: evaluated(loss, lp, ref, EXTREME_MASK, old).value)(*data)
+
+    return {(name, *form): value_and_slope(name, *form) for name in FAMILY for form in SAMPLED_FORMS}
+
+
+@pytest.fixture(scope="module")
+def clean_and_dirty():
+    """What every form makes of extreme log-ratios, and of those with junk outside the mask."""
+    lp = np.float32([[-50.0, 0, -1, -1], [-0.01, -50, -1, -np.inf], [0, 0, 0, 0]])
+    ref = np.float32([[0.0, -50, -1, -2], [-50, 0, -1, -1], [0, 0, 0, 0]])
+    old = np.float32([[0.0, -50, -50, -1], [-1, -1, -1, -1], [0, 0, 0, 0]])
+    junk = np.where(EXTREME_MASK > 0, 0, np.float32([np.nan, np.inf, -np.inf, np.nan]))
+    return [jax.device_get(every_sampled_form(*(x + more for x in (lp, ref, old)))) for more in (0 * lp[2:], junk)]
+
+
 @pytest.mark.parametrize("name", FAMILY)
 @pytest.mark.parametrize("samples,gradient,level", SAMPLED_FORMS)
-def test_finite_at_the_extremes_and_blind_outside_the_mask(name, samples, gradient, level):
-    loss = divergence(**FAMILY[name], samples=samples, gradient=gradient, level=level)
-    lp = jnp.array([[-50.0, 0, -1, -1], [-0.01, -50, -1, -jnp.inf], [0, 0, 0, 0]])
-    ref = jnp.array([[0.0, -50, -1, -2], [-50, 0, -1, -1], [0, 0, 0, 0]])
-    old = jnp.array([[0.0, -50, -50, -1], [-1, -1, -1, -1], [0, 0, 0, 0]])
-    mask = jnp.array([[1.0, 1, 1, 0], [0.5, 0.5, 0, 0], [0, 0, 0, 0]])
-    junk = jnp.where(mask > 0, 0, jnp.array([jnp.nan, jnp.inf, -jnp.inf, jnp.nan]))
-    # All generators share the cast to float32, so one of them is tested in bfloat16.
-    dtype = jnp.bfloat16 if name == "jeffreys" else jnp.float32
-
-    @jax.value_and_grad
-    def value(lp, ref, old):
-        return evaluate(loss, lp, ref, mask, old).value
-
-    clean, slope = value(*(x.astype(dtype) for x in (lp, ref, old)))
-    assert clean.dtype == jnp.float32
-    assert bool(jnp.isfinite(clean))
-    assert bool(jnp.isfinite(slope).all())
-    dirty, dirty_slope = value(*((x + junk).astype(dtype) for x in (lp, ref, old)))
+def test_finite_at_the_extremes_and_blind_outside_the_mask(clean_and_dirty, name, samples, gradient, level):
+    (clean, slope), (dirty, dirty_slope) = (found[name, samples, gradient, level] for found in clean_and_dirty)
+    assert clean.dtype == np.float32
+    assert np.isfinite(clean)
+    assert np.isfinite(slope.astype(np.float32)).all()
     np.testing.assert_array_equal(dirty, clean)
     np.testing.assert_array_equal(dirty_slope, slope)
-    assert bool((dirty_slope == 0)[mask == 0].all())
+    assert (dirty_slope == 0)[EXTREME_MASK == 0].all()
 
 
 @pytest.mark.parametrize("samples,gradient,level", SAMPLED_FORMS)
 def test_sum_and_count_survive_padding_permutation_and_splits(samples, gradient, level):
     loss = divergence(generator="jensen_shannon", samples=samples, gradient=gradient, level=level)
-    whole = evaluate(loss, LP, REF, MASK, OLD)
+    apply = jax.jit(functools.partial(evaluated, loss))
+    whole = apply(LP, REF, MASK, OLD)
     assert whole.denominator == MASK.sum()
     order = jnp.array([2, 0, 3, 1])
-    close(evaluate(loss, *(x[order] for x in (LP, REF, MASK, OLD))).value, whole.value)
+    close(apply(*(x[order] for x in (LP, REF, MASK, OLD))).value, whole.value)
     wide = [jnp.pad(x, ((0, 1), (0, 2))) for x in (LP, REF, MASK, OLD)]
-    close(evaluate(loss, *wide).value, whole.value)
-    parts = [evaluate(loss, *(x[rows] for x in (LP, REF, MASK, OLD))) for rows in (slice(0, 1), slice(1, 4))]
+    close(apply(*wide).value, whole.value)
+    parts = [apply(*(x[rows] for x in (LP, REF, MASK, OLD))) for rows in (slice(0, 1), slice(1, 4))]
     close(sum(part.numerator for part in parts), whole.numerator)
     close(sum(part.denominator for part in parts), whole.denominator)
-    lost = evaluate(loss, jnp.full_like(LP, jnp.nan), REF, MASK, OLD)
+    lost = apply(jnp.full_like(LP, jnp.nan), REF, MASK, OLD)
     assert lost.denominator == whole.denominator
 
 
