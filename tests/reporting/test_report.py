@@ -85,7 +85,7 @@ def test_every_metric_has_its_panel_and_none_is_drawn_twice(run):
     names = [name for panel in drawn for name in panel.metrics]
     assert sorted(names) == sorted(series(run))
     by_title = {panel.title: panel.metrics for panel in drawn}
-    assert by_title["Rewards apart"] == ("reward/exact", "reward/length")
+    assert by_title["Individual rewards"] == ("reward/exact", "reward/length")
     assert by_title["Validation"] == ("validation/pass@1",)
     assert by_title["Advantages and ratios"] == ("advantage_abs_per_token",)
     assert by_title["Advantages and ratios: ratio"] == ("ratio_max",)
