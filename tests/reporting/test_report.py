@@ -300,7 +300,7 @@ def test_every_chart_is_a_file_for_papers(capsys, tmp_path, form, start):
     assert sorted(files) == sorted((tmp_path / "figures").iterdir())
     assert all(file.read_bytes().startswith(start) for file in files)
     if form == "svg":
-        named = ["rewards_apart", "loss", "sampler_and_trainer", "pass_k", "time_by_part"]
+        named = ["individual_rewards", "loss", "sampler_and_trainer", "pass_k", "time_by_part"]
         assert [file.stem for file in files] == named
         assert ">reward/exact</text>" in files[0].read_text()
 

@@ -74,7 +74,9 @@ def resume(
     if not hint_is_learned and not hint and view is None:
         raise ValueError("resume.hint_is_learned is false, but there is no hint and no view to remove; set one of them")
     if view is not None and hint_is_learned:
-        raise ValueError(f"resume.view is {view!r}, but rows are always trained with the plain prompt; set hint_is_learned to false")
+        raise ValueError(
+            f"resume.view is {view!r}, but rows are always trained with the plain prompt; set hint_is_learned to false"
+        )
     behind = tuple(encode(hint)) if hint and encode is not None else ()
     own = Source.SAMPLED if trained_prefix else Source.HINT
 
@@ -180,7 +182,7 @@ def highest_entropy(
 def one_of_highest(
     scores: Float[Array, "B T"], allowed: Bool[Array, "B T"], uniform: Float[Array, "B"], *, candidates: Count
 ) -> Int[Array, "B"]:
-    """The index of one of the k highest scores of each row, number floor(u k) in descending order; 0 if none is allowed.
+    """The index of one of the k highest scores of each row, number floor(u k) in falling order; 0 if none is allowed.
 
     >>> entropy, every = jnp.array([[2.0, 0.1, 1.5, 0.2, 0.9, 1.2]]), jnp.arange(6)[None] > 0
     >>> one_of_highest(entropy, every, jnp.array([0.4]), candidates=3).tolist()
