@@ -47,40 +47,40 @@ BEGIN, END = "<!-- capabilities: written by docs/build.py -->", "<!-- end of cap
 INTRODUCTION = """\
 # Fields
 
-Every name that the functions of a step may ask for, written by `python docs/build.py` from `jaxrl_llm/fields.py`; do
-not edit it. [engine.md](engine.md) says how names are used.
+Every name that the functions of a step can have as a parameter, written by `python docs/build.py` from
+`jaxrl_llm/fields.py`; do not edit it. [engine.md](engine.md) describes how names are used.
 
-Shapes: `scalar` is one number, `row` [B], `token` [B, T], `either` [B] or [B, T] (one number a row is spread over its
-tokens), `vector` [B, ...], `prompt` [B, P], `batch` [B, ...] (every part of a batch sees all of it); B rows, T
-completion tokens, P prompt tokens. *Fillable*: an entry of `credit` may fill it. *Absent*: what it holds, where that is
-not 0, in rows that do not know it, such as written rows beside samples.
+Shapes: `scalar` [], `row` [B], `token` [B, T], `either` [B] or [B, T] (the value of a row is broadcast over its
+tokens), `vector` [B, ...], `prompt` [B, P], `batch` [B, ...] (a loss on a microbatch gets the entries of all rows of
+the batch); B rows, T completion tokens, P prompt tokens. *Fillable*: an entry of `credit` can compute it. *Absent*: its
+value in rows for which it is unknown, such as written rows in a batch with samples, if this is not 0.
 
-Names that no row of the table has are made by rules. `NETWORK` is a key of section `networks` (or `policy`, which may
-be left out; of values, `value` may), `VIEW` a key of section `views`.
+Outputs of networks are named by rules. `NETWORK` is a key of section `networks` or `policy`, `VIEW` a key of section
+`views`. `policy` can be omitted, and so can `value` in names of values.
 
-| name | what it is |
+| name | meaning |
 | --- | --- |
-| `logprobs`, `entropy` | of the policy that learns; losses alone name them |
-| `old_logprobs`, `old_entropy` | of the policy as the step found it |
-| `NETWORK_logprobs`, `NETWORK_entropy` | of another network |
-| `values`, `NETWORK_values` | numbers of a head before each token |
-| `NETWORK_scores` | numbers of a head behind the last token, one entry a row |
-| `VIEW_logprobs`, `NETWORK_VIEW_logprobs` | of another sequence made of the row |
-| `VIEW_mask` | 1 on the tokens of that sequence that count |
-| `old_` in front | of a network that learns, in a loss: as the step found it. In a fill every network is so |
+| `logprobs`, `entropy` | outputs of the policy in training; only losses can read them |
+| `old_logprobs`, `old_entropy` | outputs of the policy at the start of the step |
+| `NETWORK_logprobs`, `NETWORK_entropy` | outputs of another network |
+| `values`, `NETWORK_values` | outputs of a head for the state before each token |
+| `NETWORK_scores` | outputs of a head after the last token, one entry per row |
+| `VIEW_logprobs`, `NETWORK_VIEW_logprobs` | outputs for another sequence that is made from the row |
+| `VIEW_mask` | 1 on the tokens of that sequence whose outputs are used |
+| prefix `old_` | in a loss, outputs of a trained network at the start of the step, as all outputs in `credit` |
 
-An entry of `credit` may fill a name that is in no table, as long as something after it reads it.
+An entry of `credit` can also compute a name that is in no table, if a later function reads it.
 """
 METRICS_INTRODUCTION = """\
 # Metrics
 
 Every number that a run writes into `metrics.jsonl`, written by `python docs/build.py` from
-`jaxrl_llm/reporting/metric_table.py`; do not edit it. [The report](report.md) draws one chart a section and unit; a
-number of your own (`metric/NAME` in `credit`, or of a loss) is drawn, too.
+`jaxrl_llm/reporting/metric_table.py`; do not edit it. [The report](report.md) draws one chart for each section and
+unit, and also draws your own metrics (`metric/NAME` in `credit`, or metrics of a loss).
 
-`<...>` stands for a name that the run chooses. *Sampled rows* are all rows that were asked for, those included that
-credit leaves out later; *trained tokens* are those whose mask is 1. Besides numbers a line has `step`, counted over all
-stages, and `stage`.
+Parts in `<...>` depend on the run. *Sampled rows* are all rows of a step before credit, including those that credit
+leaves out; *trained tokens* are those whose mask is 1; *tokens of the loss* are those whose mask is 1 in this loss.
+Besides these numbers, each line has `step`, counted over all stages, and `stage`.
 """
 FORMATS_INTRODUCTION = """\
 # File formats
@@ -104,8 +104,8 @@ TITLES = {
     "adaptive": "Plans: adaptive",
     "written": "Written rows",
     "held out": "Written rows of the validation split",
-    "network": "What networks say",
-    "head": "What heads say",
+    "network": "Outputs of networks",
+    "head": "Outputs of heads",
     "gradients": "Gradients before the update",
     "vocabulary": "Over the vocabulary",
     "learner": "While learning",

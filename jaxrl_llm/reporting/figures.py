@@ -10,8 +10,8 @@ from typing import Any, get_args
 
 import numpy as np
 
-from jaxrl_llm.reporting.metric_panels import panels
-from jaxrl_llm.reporting.metric_table import Panel, described
+from jaxrl_llm.reporting.metric_panel import Panel
+from jaxrl_llm.reporting.metric_table import described, panels
 from jaxrl_llm.reporting.report import COLOURS, FigureFormat, groups_of
 from jaxrl_llm.reporting.reported_run import ReportedRun, kl_curves, pass_curves, seconds_by_part, series
 

@@ -26,8 +26,8 @@ class Alarms:
       last: each metric in its last `WINDOW` steps.
       probes: (mean reward, pass@1 on the validation split) at each evaluation.
       peak: the highest mean of `correct_share` over `WINDOW` steps, with the mean reward of the same steps.
-      still: number of consecutive steps in which each reward was constant.
-      ringing: printed alarms whose condition still holds.
+      still: number of consecutive steps in which each reward was the same for all completions.
+      ringing: names of printed alarms whose condition still holds.
     """
 
     first: dict[str, float] = field(default_factory=dict)
@@ -38,7 +38,7 @@ class Alarms:
     ringing: set[str] = field(default_factory=set)
 
     def new(self, metrics: Mapping[str, float]) -> list[str]:
-        """New alarms after a step with these metrics."""
+        """Messages of the alarms that start with this step's metrics."""
         for name, value in metrics.items():
             if not math.isfinite(value):
                 continue
@@ -148,10 +148,7 @@ def _jump(seen: Alarms) -> str | None:
     *before, now = seen.last.get("gradient_norm", (0.0,))
     if len(before) < WINDOW - 1 or now <= 10 * max(typical := statistics.median(before), 1e-12):
         return None
-    return (
-        f"the gradient norm jumped to {now:.3g}, from a median of {typical:.3g}: clip it lower "
-        "(training.max_gradient_norm)"
-    )
+    return f"the gradient norm jumped to {now:.3g}, from a median of {typical:.3g}: lower training.max_gradient_norm"
 
 
 ALARMS: dict[str, Callable[[Alarms], str | None]] = {

@@ -19,7 +19,7 @@ import yaml
 
 from jaxrl_llm.reporting.loggers import flattened
 from jaxrl_llm.reporting.metric_alarms import alarms
-from jaxrl_llm.reporting.metric_panels import panels
+from jaxrl_llm.reporting.metric_table import panels
 from jaxrl_llm.reporting.reported_run import (
     ReportedRun,
     facts,

@@ -80,6 +80,6 @@ def require_limits(environment: Any, vocabulary_size: int | None = None) -> None
     known = all(isinstance(i, int) and 0 <= i < (vocabulary_size or i + 1) for i in ids)
     if not ids or not known:
         raise ValueError(
-            f"the environment's end_of_turn_ids is {ids!r}; name the tokens that end a turn, end of sequence included, "
-            + ("as ids from 0" if vocabulary_size is None else f"as ids below the vocabulary's {vocabulary_size}")
+            f"the environment's end_of_turn_ids is {ids!r}; set it to the ids that end a turn, also end of sequence; "
+            + ("ids start at 0" if vocabulary_size is None else f"ids are below {vocabulary_size}, the vocabulary size")
         )

@@ -1,8 +1,8 @@
-"""Environments that answer the turns of a policy: pure functions of one row, which are mapped over rows.
+"""Environments in JAX: pure functions of one episode, which are mapped over the rows of a batch.
 
-An episode starts with reset; each step takes the policy's tokens of a turn and returns an observation, a reward and
-`done`, until the environment is done or a limit is reached. These functions do not sample: they are used in a rollout,
-to replay an episode up to a turn, and to check a recorded conversation.
+An episode starts with `reset`. Each `step` takes the tokens of a turn of the policy and returns an observation, a
+reward and `done`, until the episode is done or a limit is reached. These functions do not sample the turns, so they can
+be used in a rollout, to replay an episode up to a turn, and to check a recorded conversation.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class StopReason(IntEnum):
     """Why an episode ended."""
 
     RUNNING = 0
-    ANSWER = 1  # the environment was done with a turn that ended the policy's sequence
-    ENVIRONMENT = 2  # the environment was done
+    ANSWER = 1  # the environment ended the episode after a turn with end of sequence
+    ENVIRONMENT = 2  # the environment ended the episode after another turn
     TURN_LIMIT = 3
     TOKEN_LIMIT = 4  # no room for an observation and a further turn
 
@@ -37,9 +37,9 @@ class Start(NamedTuple):
 
     Attributes:
       prompt_tokens: [P] left-padded.
-      prompt_length: real tokens in the prompt.
-      answer_tokens: [A] right-padded; known to the environment, not to the policy.
-      answer_length: real tokens in it.
+      prompt_length: number of tokens of the prompt without padding.
+      answer_tokens: [A] reference answer, right-padded; the policy does not see it.
+      answer_length: number of its tokens without padding.
       prompt_id: stable id of the prompt.
     """
 
@@ -54,7 +54,7 @@ class Step(NamedTuple):
     """The result of a turn.
 
     Attributes:
-      state: its next state, of the same structure, shapes and types.
+      state: the next state of the environment, of the same structure, shapes and types.
       observation: [O] tokens, right-padded.
       observation_length: number of tokens of the observation; not read if the episode is done.
       reward: of the turn.
@@ -71,7 +71,7 @@ class Step(NamedTuple):
 
 
 class Environment(NamedTuple):
-    """An environment inside the program; checked by `environment_checks.require_environment`.
+    """An environment in JAX; `environment_checks.require_environment` checks it.
 
     Attributes:
       reset: (start, key) -> state.
@@ -141,7 +141,7 @@ def started(
     """Episodes before their first turn.
 
     Args:
-      environment: what answers.
+      environment: the environment.
       prompts: one row per episode (the samples of a prompt repeat its row).
       key: the run's key.
       step: training step.
@@ -162,7 +162,7 @@ def started(
 
 
 def starts(prompts: Prompts) -> Start:
-    """The rows of prompts in the form for environments."""
+    """The start of an episode for each row of prompts."""
     return Start(
         prompts.tokens, prompts.length, prompts.answer_tokens, prompts.answer_length, jnp.asarray(prompts.prompt_id)
     )
@@ -180,7 +180,7 @@ def advanced(
     """Episodes after one more turn of the running ones, and the observations to append to their rows.
 
     Args:
-      environment: what answers.
+      environment: the environment.
       episodes: before the turn. Stopped episodes are unchanged.
       turn_tokens: tokens of the policy, right-padded.
       turn_length: tokens of each turn; with 0 tokens no turn is taken.
@@ -230,7 +230,7 @@ def replayed(
     An environment is a function of its state, the turn and the key of the turn, so this is exact.
 
     Args:
-      environment: what answers.
+      environment: the environment.
       episodes: at their start (`started` with the same key, step, prompts and samples).
       turns: tokens of the policy (`recorded_turns`).
       up_to_turn: number of turns to replay, one number or one per row; turns that were never taken are skipped.

@@ -1,4 +1,4 @@
-"""Environments and tools written in Python: text in, text out, with a deadline for every call."""
+"""Environments and tools in Python, which read and return text, with a deadline for every call."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ class HostEnvironment(NamedTuple):
 
     Attributes:
       reset: record of the item -> state, any object.
-      step: (state, text of the turn, its end included) -> (state, observation, reward, done), or with the time that the
-        turn took behind them, in any unit. It returns a new state and leaves the given one as it was, or replay is not
-        exact.
-      max_turns: turns of an episode at most; this is what stops an environment that never ends.
-      max_turn_tokens: tokens of a turn at most, its end included.
-      max_observation_tokens: tokens of an observation at most.
-      end_of_turn_ids: each ends a turn and belongs to it, end of sequence included.
-      deadline_seconds: of one call of `reset` or `step`.
-      workers: calls at once; None is 8 threads, or one process a core.
-      executor: "thread", "process" or "sandbox" (see `jaxrl_llm.rollout.host_calls.caller`). None is "process" where a
-        config names the environment and its functions pickle, else "thread".
-      on_failure: what becomes of a call of `step` that raises, hangs or returns something else: "error" ends the run
-        with a message, "observation" answers the policy with `failure_observation`.
-      failure_observation: what the policy then reads.
+      step: (state, text of the turn, including its end) -> (state, observation, reward, done), optionally followed by
+        the duration of the turn in any unit. It must return a new state and not change the given one, else replay is
+        not exact.
+      max_turns: largest number of turns of an episode; it stops an environment that never ends.
+      max_turn_tokens: largest number of tokens of a turn, including its end.
+      max_observation_tokens: largest number of tokens of an observation.
+      end_of_turn_ids: tokens that end a turn, as its last token; end of sequence must be included.
+      deadline_seconds: longest duration of one call of `reset` or `step`.
+      workers: number of simultaneous calls; None: 8 threads, or one process per core, at most 8.
+      executor: "thread", "process" or "sandbox" (see `jaxrl_llm.rollout.host_calls.caller`). None: "process" if a
+        config names the environment and its functions can be pickled, else "thread".
+      on_failure: what happens if a call of `step` raises an exception, hangs or returns an invalid value: "error" ends
+        the run with a message, "observation" continues with `failure_observation`.
+      failure_observation: observation after such a turn.
       failure_reward: reward of such a turn.
-      failure_ends: whether it ends the episode; else the episode goes on from the state before the turn.
+      failure_ends: whether such a turn ends the episode; else the episode continues from the state before the turn.
     """
 
     reset: Callable[[Mapping[str, Any]], Any]
@@ -60,12 +60,12 @@ class HostStep(NamedTuple):
     """The result of one turn in an environment.
 
     Attributes:
-      state: its next state.
-      observation: text.
-      reward: of the turn.
-      done: the episode is over.
-      failure: the error, if the policy was answered with `failure_observation`; else empty.
-      duration: time that the turn took; 0 where the environment does not say.
+      state: the next state of the environment.
+      observation: text of the observation.
+      reward: reward of the turn.
+      done: whether the episode is over.
+      failure: the error, if the observation is `failure_observation`; else empty.
+      duration: duration of the turn; 0 if the environment reports none.
     """
 
     state: Any
@@ -77,15 +77,15 @@ class HostStep(NamedTuple):
 
 
 class HostEpisodes(NamedTuple):
-    """B running episodes, as `Episodes` holds them for environments inside the program.
+    """B running episodes: the counterpart of `Episodes` for host environments.
 
     Attributes:
       states: the environment's states, one per episode.
-      turns: [B] turns taken.
-      turn_rewards: [B, S] reward of each turn, 0 for those that were not taken.
-      durations: [B, S] time of each turn, 0 for those that were not taken.
+      turns: [B] number of turns taken.
+      turn_rewards: [B, S] reward of each turn, 0 for turns that were not taken.
+      durations: [B, S] duration of each turn, 0 for turns that were not taken.
       stop: [B] a `StopReason` for each episode.
-      failures: [B] turns that failed.
+      failures: [B] number of failed turns.
     """
 
     states: tuple[Any, ...]
@@ -98,10 +98,10 @@ class HostEpisodes(NamedTuple):
 
 @contextmanager
 def opened(environment: HostEnvironment) -> Iterator[Caller]:
-    """The environment's functions, ready to be called; its processes end with the block.
+    """A context with the caller of the environment's functions; its processes end with the context.
 
     Raises:
-      ValueError: for an invalid limit, executor, deadline or failure answer.
+      ValueError: for an invalid limit, executor, deadline or `on_failure`.
     """
     require_limits(environment)
     if environment.on_failure not in ("error", "observation"):
@@ -120,7 +120,7 @@ def host_started(environment: HostEnvironment, items: Sequence[Mapping[str, Any]
     """Episodes before their first turn, one per item (the samples of a prompt repeat its item).
 
     Raises:
-      EnvironmentFailure: naming the first item for which `reset` raised or hung.
+      EnvironmentFailure: if `reset` raised or hung; the message names the first such item.
     """
     returned = call("reset", [(item,) for item in items])
     for row, result in enumerate(returned):
@@ -143,16 +143,16 @@ def host_started(environment: HostEnvironment, items: Sequence[Mapping[str, Any]
 def host_step(
     environment: HostEnvironment, states: Sequence[Any], texts: Sequence[str], call: Caller
 ) -> list[HostStep]:
-    """One turn of every episode, all at once, each within its deadline.
+    """One turn of every episode, in parallel, each with its own deadline.
 
     Args:
-      environment: what answers.
-      states: one an episode.
-      texts: the turn of each.
-      call: from `opened`.
+      environment: the environment.
+      states: state of each episode.
+      texts: text of each episode's turn.
+      call: the caller from `opened`.
 
     Raises:
-      EnvironmentFailure: naming the first row that failed, unless failures are answered by an observation.
+      EnvironmentFailure: for a failure with `on_failure` "error"; the message names the first such row.
     """
     steps = []
     for row, result in enumerate(call("step", list(zip(states, texts, strict=True)))):
@@ -185,25 +185,26 @@ def host_advanced(
     eos_ids: Sequence[int] = (),
     pad_id: int = 0,
 ) -> tuple[HostEpisodes, np.ndarray, np.ndarray]:
-    """As `advanced` for environments inside the program: one more turn of those that run, and what to append.
+    """Episodes after one more turn of the running ones, and the observations to append: `advanced` for the host.
 
     Args:
-      environment: what answers.
+      environment: the environment.
       episodes: before the turn.
       turn_tokens: [B, U] tokens of the policy's turn, right-padded.
-      turn_length: [B]; a turn without tokens is none.
-      room: [B] tokens that still fit behind each turn; None sets no limit.
-      call: from `opened`.
-      encode: ids of an observation's text.
-      decode: text of a turn's ids.
-      eos_ids: ids that end the policy's sequence.
-      pad_id: fills observations up.
+      turn_length: [B] tokens of each turn; with 0 tokens no turn is taken.
+      room: [B] tokens that still fit after each turn; None sets no limit.
+      call: the caller from `opened`.
+      encode: text of an observation -> token ids.
+      decode: token ids of a turn -> text.
+      eos_ids: ends of sequence, to distinguish the stop reasons ANSWER and ENVIRONMENT.
+      pad_id: id of padding in observations.
 
     Returns:
-      (episodes, observations [B, O], their lengths [B], 0 where the episode has stopped).
+      (episodes, observations [B, O], their lengths [B]); the length is 0 for a stopped episode.
 
     Raises:
-      EnvironmentFailure: for a failure that is not answered, or an observation that cannot be encoded or is too long.
+      EnvironmentFailure: for a failure with `on_failure` "error", or an observation that cannot be encoded or is too
+        long.
     """
     turn_tokens, turn_length = np.asarray(turn_tokens), np.asarray(turn_length)
     active = np.flatnonzero((episodes.stop == StopReason.RUNNING) & (turn_length > 0))
@@ -240,14 +241,14 @@ def host_replayed(
     up_to_turn: int | Sequence[int],
     call: Caller,
 ) -> HostEpisodes:
-    """Episodes as they were before a turn, by taking their recorded turns again from the start.
+    """Episodes before a given turn, by replaying their recorded turns from the start.
 
     Args:
-      environment: what answers; exact where its `step` is a function of state and text.
+      environment: the environment; the replay is exact if its `step` depends only on state and text.
       episodes: at their start.
-      texts: turns of each episode, in order.
-      up_to_turn: turns that are taken again, one number or one a row.
-      call: from `opened`.
+      texts: texts of the turns of each episode, in order.
+      up_to_turn: number of turns to replay, one number or one per row.
+      call: the caller from `opened`.
     """
     limits = np.broadcast_to(np.asarray(up_to_turn), len(texts))
     states = list(episodes.states)
@@ -280,10 +281,12 @@ def _failure(environment: HostEnvironment, result: Returned) -> str | None:
 def _remedy(result: Returned) -> str:
     if result.late:
         return (
-            "give the tool a timeout of its own, raise deadline_seconds, or set executor to 'process', which ends what "
-            "hangs"
+            "give the tool its own timeout, raise deadline_seconds, or set executor to 'process', which ends hanging "
+            "calls"
         )
-    return "mend the function" if result.error is not None else "return a new state, a text, a finite number and a flag"
+    return (
+        "repair the function" if result.error is not None else "return a new state, a text, a finite number and a flag"
+    )
 
 
 def _not_a_step(value: Any) -> str | None:

@@ -1,4 +1,4 @@
-"""The parts of `jaxrl eval`: a model, and the problems, grader and rewards of an evaluation."""
+"""The model of `jaxrl eval`, and the problems, grader and rewards of an evaluation."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from jaxrl_llm.training import Placement
 from jaxrl_llm.training.networks import backbone_of
 from jaxrl_llm.training.reading import columns_of
 
-# Fields available to rewards after sampling: no scores of other networks, no memory of methods.
+# Fields that rewards of an evaluation can read: results of sampling, but no outputs of other networks and no memory.
 _OF_SAMPLING = frozenset(FACTS) - {"router_choices", "support"}
 
 
@@ -75,12 +75,12 @@ def evaluated(path: str, *, every: bool = False, chat: bool = False) -> Evaluate
     """The model at a path: a run, a checkpoint, a model directory or a repository.
 
     Args:
-      path: where it lies.
-      every: all checkpoints of a run, ascending.
-      chat: apply the chat template of a model directory.
+      path: a local path, or the id of a repository.
+      every: whether all checkpoints of a run are evaluated, in ascending order.
+      chat: whether the chat template of a model directory is applied.
 
     Raises:
-      ValueError: if there is no model, or for `every` without checkpoints.
+      ValueError: if there is no model, `every` is set for something else than a run, or `chat` for a run.
     """
     path = str(at_hand(path))
     if is_run(Path(path)):
@@ -102,9 +102,9 @@ def guided(of: Evaluated, path: str, network: str, *, strength: float, candidate
 
     Args:
       of: one checkpoint of a run.
-      path: where it lies.
-      network: which one of the run, with a head of one number.
-      strength, candidates: of `models.mixture.value_guided`.
+      path: the path of the run or checkpoint.
+      network: name of a network of the run whose head has one output.
+      strength, candidates: as for `models.mixture.value_guided`.
 
     Raises:
       ValueError: for a model directory, several checkpoints, a policy with adapters, or a network without such a head.
@@ -117,7 +117,7 @@ def guided(of: Evaluated, path: str, network: str, *, strength: float, candidate
     judge, found, params = restored_network(at_hand(path), network)
     if found.head is None or found.head.outputs != 1:
         raise ConfigError(
-            f"--guided-by is {network!r}, which has no head of one number; name a value or reward network"
+            f"--guided-by is {network!r}, which has no head with one output; name a value or reward network"
         )
     model = value_guided(of.policy.model, judge, strength=strength, candidates=candidates)
     (label, read), *_ = of.checkpoints
@@ -135,13 +135,14 @@ def prepared(one: Evaluation, of: Evaluated, *, reference: str | None = None, ba
     """The problems, grader and sampling of one evaluation.
 
     Args:
-      one: its description.
+      one: description of the evaluation.
       of: the model.
       reference: path of a reference policy for the KL divergence.
-      batch: completions decoded together; None: the run's number, or as many as fit on the device.
+      batch: number of completions decoded together; None: the number in the run's config, or else as many as fit on the
+        device.
 
     Raises:
-      ValueError: for wrong files, columns, names or sizes, before sampling.
+      ValueError: for invalid files, columns, names or sizes, before anything is sampled.
     """
     built, policy = of.built, of.policy
     config = None if built is None else built.config
@@ -199,7 +200,7 @@ def prepared(one: Evaluation, of: Evaluated, *, reference: str | None = None, ba
 
 
 def _problems(one: Evaluation, built: Parts | None) -> tuple[list[dict[str, Any]], Grader, Any]:
-    """(problems, grader, the built-in task or None)."""
+    """(problems, grader, the built-in task, or None for problems of a file or a run)."""
     task, default = None, one.grader
     if one.data is not None:
         items = read_problems(one.data, one.format, one.fields)
@@ -254,7 +255,7 @@ def _limits(one: Evaluation, policy: Policy) -> tuple[int, int]:
 
 
 def _rewards(one: Evaluation, built: Parts | None, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Rewards by name: the requested ones, or the run's rewards that depend only on samples and columns."""
+    """Rewards by name: the requested ones, or those of the run that read only samples and columns of the data."""
     arrays = _OF_SAMPLING if one.data is None else _OF_SAMPLING - {"answer_tokens", "answer_length"}
     text = TEXT.union(set.intersection(*({*columns_of([item])} for item in items)) if items else ())
     if one.rewards is not None:
@@ -283,7 +284,7 @@ def _scored(reference: str, policy: Policy, temperature: float) -> Callable[[Seq
     if other.model.vocabulary_size != policy.model.vocabulary_size:
         raise ConfigError(
             f"--reference {reference} has a vocabulary of {other.model.vocabulary_size} tokens and the policy one of "
-            f"{policy.model.vocabulary_size}; a KL divergence needs the same"
+            f"{policy.model.vocabulary_size}; a KL divergence needs the same vocabulary"
         )
     score = make_score(other.model, temperature=temperature, sequences_per_batch=32)
     return lambda texts: score(other.params, texts)

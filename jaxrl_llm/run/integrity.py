@@ -1,6 +1,6 @@
-"""Verification of checkpoints: finds the newest good one, and reports damaged ones.
+"""Verification of checkpoints: the newest good one is found, and damaged ones are reported.
 
-A checkpoint is read and compared with the digests in its meta before anything is restored from it.
+Before a checkpoint is restored, all its arrays are read and compared with the digests in its metadata.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from jaxrl_llm.run.checkpoints import CheckpointError, Damaged
 from jaxrl_llm.run.digests import Digest, by_path, changed
 from jaxrl_llm.run.failures import passing, without_loose_ends
 
-_BYTES = 1 << 30  # bytes of arrays read at once
-ASIDE = "damaged"  # folder beside `checkpoints` for checkpoints that cannot be used
+_BYTES = 1 << 30  # bytes of arrays that are read at once
+ASIDE = "damaged"  # folder next to `checkpoints` for checkpoints that are damaged or newer than the restored one
 
 
 class Verified(NamedTuple):
@@ -33,8 +33,8 @@ class Verified(NamedTuple):
     Attributes:
       step: the step.
       damage: description of the damage; None for a good checkpoint.
-      recorded: whether it has digests; without them only readability was tested.
-      arrays, size, seconds: number of arrays, bytes and duration of the read.
+      recorded: whether the checkpoint has digests; without them, only its readability was tested.
+      arrays, size, seconds: number of arrays, size in bytes, and duration of the verification.
     """
 
     step: int
@@ -47,7 +47,7 @@ class Verified(NamedTuple):
     def __str__(self) -> str:
         if self.damage:
             return f"checkpoint {self.step} is damaged: {self.damage}"
-        how = "verified" if self.recorded else "readable, but without digests to verify it by"
+        how = "verified" if self.recorded else "readable, but it has no digests to verify it"
         return f"checkpoint {self.step} is {how} ({self.arrays} arrays, {self.size / 1e6:.3g} MB, {self.seconds:.2g} s)"
 
 
@@ -57,12 +57,12 @@ def verified(directory: Path, step: int, *, within: str = "", share: tuple[int, 
     Args:
       directory: the checkpoints directory.
       step: one of its steps.
-      within: read only arrays whose path starts with this.
+      within: only arrays whose path starts with this prefix are read.
       share: (index of this reader, number of readers): each reads its share of the arrays.
 
     Raises:
-      CheckpointError: when there is no such step.
-      OSError: if the storage does not answer; the checkpoint may still be good.
+      CheckpointError: if there is no such step.
+      OSError: if the storage cannot be reached; the checkpoint may still be good.
     """
     started = time.monotonic()
     try:
@@ -86,7 +86,7 @@ def verified(directory: Path, step: int, *, within: str = "", share: tuple[int, 
 def _compared(
     directory: Path, step: int, recorded: Mapping[str, Digest] | None, within: str, share: tuple[int, int]
 ) -> tuple[str | None, dict[str, Digest]]:
-    """(what is wrong, what was read), as for `verified`."""
+    """(description of the damage or None, digests of the arrays that were compared), as for `verified`."""
     tree = stored_states.stored_shapes(directory, step, within)
     there = {path: leaf for path, leaf in by_path(tree).items() if path.startswith(within)}
     wanted = recorded or {path: Digest(str(leaf.dtype), leaf.shape, {}) for path, leaf in there.items()}
@@ -95,12 +95,12 @@ def _compared(
         return f"it {'lacks' if missing[0] in wanted else 'has a surplus'} array {missing[0]}", wanted
     for read in _arrays(directory, step, tree, dict(sorted(wanted.items())[share[0] :: share[1]])):
         if recorded and (bad := changed(read, wanted)):
-            return f"array {bad[0]} is not what was written", wanted
+            return f"array {bad[0]} differs from what was written", wanted
     return None, wanted
 
 
 def _arrays(directory: Path, step: int, tree: PyTree, wanted: Mapping[str, Digest]) -> Iterator[dict[str, np.ndarray]]:
-    """The wanted arrays as NumPy's, so many at once as fit `_BYTES`."""
+    """The wanted arrays as NumPy arrays, in groups of at most `_BYTES`."""
     held, size = [], 0
     groups = [held]
     for path, digest in wanted.items():
@@ -128,14 +128,15 @@ Say = Callable[[str], Any]
 def newest_good(
     directory: Path, *, exact: bool = False, within: str = "", say: Say | None = None, apart: bool = False
 ) -> int | None:
-    """The newest good step; None if there is no step. All processes must call it.
+    """The newest good step; None if there are no steps. All processes must call this function.
 
     Args:
       directory: the checkpoints directory.
-      exact: accept only the newest step.
+      exact: whether only the newest step is accepted.
       within: as for `verified`.
-      say: gets a message for every verified step; None: messages for damaged ones on standard error.
-      apart: each process has the directory on a private disk, and reads all of it.
+      say: function that is called with a message about every verified step; None: messages about damaged ones are
+        printed on standard error.
+      apart: whether each process has the directory on a private disk, so that each reads all of it.
 
     Raises:
       CheckpointError: if no step is good, or with `exact` if the newest one is not.
@@ -164,11 +165,11 @@ def latest_checkpoint(path: str | Path, *, within: str = "") -> tuple[Path, int]
     """(checkpoints directory, step) of a run directory or a single checkpoint directory.
 
     Args:
-      path: for a run, its newest good checkpoint; a message reports newer damaged ones.
+      path: for a run, its newest good checkpoint is returned, and a message reports newer damaged ones.
       within: as for `verified`.
 
     Raises:
-      CheckpointError: if there is none, or the named one is damaged.
+      CheckpointError: if there is no good checkpoint, or the given one is damaged.
     """
     folder, step = checkpoints.checkpoints_of(path)
     if step is None:
@@ -181,10 +182,10 @@ def latest_checkpoint(path: str | Path, *, within: str = "") -> tuple[Path, int]
 
 
 def branch_checkpoint(path: str | Path, step: int | None) -> Path:
-    """The checkpoint that `init_from` names: the newest of a run, or that of a step.
+    """The checkpoint for `init_from`: the newest one of a run, or that of the given step.
 
     Raises:
-      CheckpointError: when there is none.
+      CheckpointError: if there is no such checkpoint.
     """
     folder, newest = latest_checkpoint(path)
     chosen = folder / str(newest if step is None else step)
@@ -195,7 +196,7 @@ def branch_checkpoint(path: str | Path, step: int | None) -> Path:
 
 
 def _agreed(steps: list[int]) -> list[int]:
-    """Steps as process 0 sees them, from the newest."""
+    """The steps that process 0 has found, in descending order, on all processes."""
     count = hosts.from_main(len(steps)) or 0
     newest = sorted(steps, reverse=True) + [0] * count
     return [hosts.from_main(newest[place]) or 0 for place in range(count)]
@@ -206,9 +207,9 @@ def _warn(text: str) -> None:
 
 
 def set_aside(directory: Path, after: int) -> list[Path]:
-    """Move the steps after a given one into the folder `damaged`; returns the new paths.
+    """Move the steps after a given one into the folder `damaged`, and return their new paths.
 
-    A run that resumes from an earlier step will write these steps again.
+    A run that resumes from an earlier step writes these steps again.
     """
     moved = []
     for step in sorted(checkpoints.steps(directory)):

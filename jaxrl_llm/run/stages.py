@@ -1,7 +1,7 @@
 """The training loop of every stage of a run: supervised steps, a reward model, reinforcement learning.
 
-A stage runs from the step of its state to its last step, writes the metrics of every step, and saves its whole state,
-so that it can be resumed at any checkpoint.
+A stage runs from the step of its state to its last step, writes the metrics of every step, and saves its whole state
+in checkpoints, from which it can be resumed.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ WARM_START, REINFORCEMENT = "warm start", "reinforcement"
 
 
 class Stopped(Exception):
-    """A signal asked the run to stop; its state is saved.
+    """Raised when a signal has stopped the run, after its state was saved.
 
     Attributes:
-      status: 128 and the number of the signal, as shells say it.
+      status: exit status, 128 plus the number of the signal, as in shells.
     """
 
     def __init__(self, text: str, number: int = signal.SIGTERM):
@@ -61,13 +61,13 @@ class Stage:
     """One stage of a run, before its data is made.
 
     Attributes:
-      name: for metrics, checkpoints and people.
-      parts: what its config describes.
-      steps: at most.
-      probe_every_steps: steps between two measurements on the validation split; 0 never.
-      probes: names of what is written of them; None writes all.
-      stop_at_accuracy: it ends at the first probe whose pass@1 reaches it.
-      first_saved: its first state is saved before its first step.
+      name: name in metrics, checkpoints and messages.
+      parts: the objects that its config describes.
+      steps: largest number of steps.
+      probe_every_steps: number of steps between evaluations on the validation split; 0: no evaluation.
+      probes: names of the metrics of these evaluations that are written; None: all.
+      stop_at_accuracy: the stage ends at the first evaluation whose pass@1 is at least this value; None: never.
+      first_saved: whether its first state is saved before its first step.
     """
 
     name: str
@@ -89,26 +89,27 @@ class Run:
     """Objects that the stages of one run share. `run.train` makes one.
 
     Attributes:
-      config: of the run.
-      parts: of the current stage.
+      config: config of the run.
+      parts: parts of the current stage.
       directory: open files of the run.
-      manager: its checkpoints.
-      console: where messages are printed.
-      meta: what a checkpoint records beside the state: stage, counts, the evaluation before training, seconds.
-      watch: counts compilations.
-      data: problems by split, which the run is measured on.
+      manager: manager of its checkpoints.
+      console: console for messages.
+      meta: data in a checkpoint beside the state: stage, counts, the evaluation before training, seconds.
+      watch: counter of compilations.
+      data: problems by split, for evaluations.
       sets: the data of each stage by split.
       interruption: signals and the watchdog.
-      waiting_networks: networks that an earlier stage has trained and a later one reads, but not the one under way.
-      skipped_in_a_row: updates before this step that were skipped one after the other; such a state is not saved.
-      stopping: the run ends at the end of this step; the same on all processes.
-      trace: of some steps, for a profile.
-      report: the page about it, refreshed when a checkpoint is saved.
-      mirror, frozen: brings the run to its address; networks that were written once, by stage and name.
-      local: checkpoints of this host between those on the storage; None for none.
-      lifetime: of this start; None leaves it uncounted.
-      compiled: seconds of compilation that were charged.
-      mark, charged_to: since when, and to which part, time is being charged.
+      waiting_networks: networks that an earlier stage has trained and a later stage reads, but not the current one.
+      skipped_in_a_row: number of consecutive skipped updates up to this step; if it is not 0, the state is not saved.
+      stopping: whether the run ends after this step; the same on all processes.
+      trace: profile of some steps; None: no profile.
+      report: the HTML report, which is updated when a checkpoint is saved.
+      mirror: copies the run to its remote address; None: the run is local.
+      frozen: networks that are written only once, by stage and name.
+      local: checkpoints on this host's disk, between those on the shared storage; None: there are none.
+      lifetime: record of the time since this start; None: it is not recorded.
+      compiled: seconds of compilation that are already accounted for.
+      mark, charged_to: time of the last call of `charge`; entry of meta["seconds"] for the time since then.
     """
 
     config: Config
@@ -141,7 +142,7 @@ class Run:
 
     @contextmanager
     def timed(self, what: str):
-        """Add the seconds of a block to `what`, and not to the enclosing block."""
+        """Account the time of a block to `what` instead of the enclosing block."""
         self.charge()
         around, self.charged_to = self.charged_to, what
         self.interruption.busy(what)
@@ -153,7 +154,7 @@ class Run:
             self.interruption.busy(around)
 
     def charge(self) -> None:
-        """Add the time since the last call to the current part."""
+        """Add the time since the last call to the current entry of meta["seconds"]."""
         seconds, now = self.meta["seconds"], time.monotonic()
         seconds[self.charged_to] = seconds.get(self.charged_to, 0.0) + now - self.mark
         if self.charged_to != SET_UP:
@@ -162,20 +163,20 @@ class Run:
         self.mark, self.compiled = now, self.watch.seconds
 
     def _kept(self, stage: str, state: TrainState) -> TrainState:
-        """What a checkpoint holds of a state, with the meta and the records on the disk that go with it."""
+        """The part of a state that a checkpoint stores; also updates meta, and flushes files of the run to the disk."""
         self.directory.sync()
         self.charge()
         self.meta |= {"stage": stage, "stage_step": int(state.step)}
         return replace(state, networks=checkpoints.written_networks(self.parts, state) | self.waiting_networks)
 
     def save_locally(self, global_step: int, stage: str, state: TrainState) -> None:
-        """Write a checkpoint of this host."""
+        """Write a checkpoint to this host's disk."""
         assert self.local is not None
         kept = checkpoints.learned_part(self._kept(stage, state), self.parts.model.trained)
         self.local.save(global_step, kept, self.meta)
 
     def save(self, global_step: int, stage: str, state: TrainState) -> None:
-        """Write a checkpoint whose step is counted over all stages."""
+        """Write a checkpoint; `global_step` is counted over all stages."""
         kept = self._kept(stage, state)
         saved: dict[str, Any] = {"trained": self.parts.model.trained, "metric": self.meta.get("metric")}
         saved["apart"] = self.apart
@@ -188,36 +189,36 @@ class Run:
             self.mirror.push_later()
 
     def due(self, done: int, ends: bool) -> Callable[[int, str, TrainState], None] | None:
-        """What saves the state after a step of a stage; None where it is not saved."""
+        """The function that saves the state after a step of a stage; None if it is not saved."""
         kept = self.config.checkpoints
         if done % kept.every_steps == 0 or self.stopping or ends:
             return self.save
         return self.save_locally if self.local is not None and done % kept.local_every_steps == 0 else None
 
     def write_metrics(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Write the metrics of a step, and the heartbeat of the run."""
+        """Write the metrics of a step, and the duration of this start so far."""
         self.directory.write_metrics(step, metrics)
         if self.lifetime is not None:
             self.lifetime.mark()
 
     def asked(self) -> dict[str, Any]:
-        """The host calls of a step: the environment, and whether the run is to end instead."""
+        """Arguments of a step: the caller of the environment, and the check whether the run must stop."""
         return {"call": self.parts.call, "stop": self.interruption.give_up_the_step}
 
     def taken(self, stage: Stage) -> Callable[..., Any]:
-        """The function that takes a step of a stage, and traces the requested steps."""
+        """The function that runs a step of a stage, with a profile of the requested steps."""
         run = stage.parts.step.run
         return run if self.trace is None else self.trace.traced(stage.parts, self.meta["steps_before"])
 
     def stopped(self, global_step: int) -> Stopped:
-        """The exception that ends a run after a stop signal, once its state is saved."""
+        """The exception that ends a run after a stop signal, when its state has been saved."""
         return Stopped(
             f"stopped at step {global_step}; go on with: jaxrl train --resume {self.config.place}",
             self.interruption.number or signal.SIGTERM,
         )
 
     def placed(self, rows: Any) -> Any:
-        """Rows of a whole batch, placed on the devices of the step; each process passes its own rows."""
+        """The rows of a batch on the devices of the step; each process passes its own rows."""
         place = self.parts.step.composition.resources.placement
         return hosts.placed_rows(rows, place.mesh, place.rules)
 
@@ -225,15 +226,15 @@ class Run:
 def run_stage(
     run: Run, stage: Stage, state: TrainState, data: StageData, measure: Callable, *, last: bool
 ) -> TrainState:
-    """The steps of a stage. Metrics are read one step late, so that the device never waits for the host.
+    """Run the steps of a stage. Metrics are read one step late, so that the device never waits for the host.
 
     Args:
-      run: of all stages.
-      stage: this one.
+      run: objects of all stages.
+      stage: the stage.
       state: the initial state, or the saved one.
-      data: its rows.
-      measure: (params, split, problems, what the time is charged to) -> accuracies.
-      last: no stage follows, so its last state is saved.
+      data: rows of the stage.
+      measure: (params, split, number of problems, entry of meta["seconds"]) -> accuracies.
+      last: whether this is the last stage; then its last state is saved.
     """
     offset, first, take = run.meta["steps_before"], int(state.step), run.taken(stage)
     counted = stage.parts.config.training.prompts_per_step * stage.parts.config.rollout.samples_per_prompt
@@ -298,7 +299,7 @@ def run_stage(
             if (save := run.due(done, ends)) is not None:
                 report(*unread)
                 unread = None
-                run.watch.allow()  # on a mesh, orbax compiles how it cuts arrays, in a resumed run here
+                run.watch.allow()  # on a mesh, orbax compiles the slicing of arrays, in a resumed run here
                 if not run.skipped_in_a_row or ends or run.manager.latest_step() is None:
                     save(offset + done, stage.name, state)
                 if done >= first + 2:
@@ -316,23 +317,23 @@ def run_stage(
 
 
 def _remarks(run: Run, stage: Stage, alarms: Alarms, done: int, shown: dict[str, float]) -> list[str]:
-    """Check the metrics of a step: raise alarms, and decide whether they end the stage."""
+    """Messages about the metrics of a step: new alarms, and the reason if they end the stage early."""
     said = early_stopping.note(run.meta, stage.name, stage.parts.config.training.stop_when, done, shown)
     return [f"alarm at step {done} of the {stage.name}: {text}" for text in alarms.new(shown)] + [said] * bool(said)
 
 
 def _probed(run: Run, stage: Stage, state: TrainState, measure: Callable) -> dict[str, float]:
-    """The metrics that a stage writes of a measurement on the validation split."""
+    """The metrics of an evaluation on the validation split that the stage writes."""
     held_out = measure(state.params, "validation", run.config.evaluation.problems, "evaluation during")
     names = held_out if stage.probes is None else stage.probes
     probed = {f"validation/{name}": held_out[name] for name in names if name in held_out}
-    if stage.first_saved:  # of a warm start, no checkpoint is the best
+    if stage.first_saved:  # checkpoints of a warm start are not candidates for the best one
         run.meta["metric"] = probed.get(run.config.checkpoints.best_metric)
     return probed
 
 
 def _prompts(run: Run, stage: Stage, data: StageData, index: int, choices: list[Any]) -> tuple[Any, list]:
-    """(prompts of a step, records behind its rows); one step off-policy the prompts are those of the next step."""
+    """(prompts to sample, records of the trained rows); one step off-policy, the prompts are those of the next step."""
     if data.prompts is None:
         return None, []
     now = batch_of(data.prompts, index, choices, 0)
@@ -341,12 +342,12 @@ def _prompts(run: Run, stage: Stage, data: StageData, index: int, choices: list[
 
 
 def stage_data(stage: Stage, prompts: Any, written: Callable[[int], Experience] | None, stored: Any) -> StageData:
-    """The rows of a stage by step; a step has the same rows in whichever order steps are requested.
+    """The rows of a stage by step; they depend only on the step, not on the order in which steps are requested.
 
     Args:
-      stage: with its sources.
+      stage: the stage.
       prompts: batches of prompts.
-      written: rows that are passed to a step, see `written_of`.
+      written: written rows by step, see `written_of`.
       stored: answers that were stored before the stage, or None.
     """
     config, source = stage.parts.config, stage.parts.step.composition.written
@@ -363,20 +364,20 @@ def written_of(parts: Parts, sets: Mapping[str, Any]) -> Callable[[int], Experie
 
 
 def _leave(run: Run, error: Exception, global_step: int, done: int, stage: str, state: TrainState) -> NoReturn:
-    """Save the state before a step that failed, and end the run with the error that made it fail."""
-    if run.manager.latest_step() != global_step:  # it may be on its way to the disk already
+    """Save the state before a failed step, and raise the error of the step."""
+    if run.manager.latest_step() != global_step:  # it may already be saved
         run.save(global_step, stage, state)
     run.manager.wait_until_finished()
     if isinstance(error, Abandoned):
         raise run.stopped(global_step)
-    what = "the function" if isinstance(error, RewardError) else "what the engine lacks"
+    what = "the function" if isinstance(error, RewardError) else "the engine"
     raise type(error)(
-        f"{error}. The state before step {done} is saved: mend {what} and run jaxrl train --resume {run.config.place}"
+        f"{error}. The state before step {done} is saved: repair {what} and run jaxrl train --resume {run.config.place}"
     ) from error
 
 
 def _progress(run: Run, stage: Stage, counted: int) -> Progress:
-    """The display of a stage; what counts as right is named for the reward that says so."""
+    """The progress display of a stage; the column `correct_share` is labelled with the condition for a right answer."""
     c = stage.parts.step.composition
     right = "solved" if stage.parts.environment is not None else f"{c.rewards[0].name} ≥ 1" if c.rewards else ""
     columns = tuple(c._replace(label=right) if c.name == "correct_share" else c for c in COLUMNS)

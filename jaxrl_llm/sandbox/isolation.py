@@ -1,11 +1,11 @@
 """Kernel mechanisms that isolate a process from files, network and other processes.
 
-    namespaces   a root of its own with Python alone in it, a network without interfaces, processes that see only theirs
-    landlock     files other than those listed are refused; signals reach no process outside
-    seccomp      system calls that ordinary programs do not need (sockets, ptrace, mounts, ...) end the process
-    user         started by root, code runs as a user that owns nothing, so that a bound on processes binds
+    namespaces   a separate file system root with Python alone, a network without interfaces, and separate process ids
+    landlock     access to files other than the listed ones is denied, as are signals to processes outside
+    seccomp      system calls that ordinary programs do not need (sockets, ptrace, mounts, ...) kill the process
+    user         if root starts the code, it runs as a user without files, so that the limit on processes applies
 
-They are used through system calls, without packages; no privilege is needed where user namespaces are allowed.
+They are used by system calls, without further packages. If user namespaces are allowed, no privileges are needed.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from dataclasses import dataclass
 
 from jaxrl_llm.sandbox.system_calls import call, checked, filtered, libc, prctl
 
-FOLDER = "/box"  # the one place that code in a root of its own may write to
+FOLDER = "/box"  # the only writable folder in a separate root
 _NEW_NAMESPACES = 1 << 17 | 1 << 26 | 1 << 27 | 1 << 29 | 1 << 30  # mounts, host name, IPC, processes, network
 _NEW_USER = 1 << 28
-_READ_ONLY, _NO_SUID, _NO_DEV = 1, 2, 4  # of mount and of mount_setattr
+_READ_ONLY, _NO_SUID, _NO_DEV = 1, 2, 4  # flags of mount and mount_setattr
 _BIND, _RECURSIVE, _PRIVATE, _AT_RECURSIVE = 1 << 12, 1 << 14, 1 << 18, 0x8000
 _SYSTEM = ("/usr", "/bin", "/lib", "/lib32", "/lib64", "/etc/ld.so.cache", "/etc/localtime")
 _DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
@@ -45,7 +45,7 @@ class Limits:
     Attributes:
       seconds: wall-clock time from start to end; also the CPU time of each process.
       memory_bytes: address space of each process, and memory of all processes together.
-      file_bytes: size of each file; with namespaces all files together may have four times as much.
+      file_bytes: size of each file; with namespaces, all files together are limited to four times this size.
       output_bytes: size of standard output, and of standard error.
       processes: number of simultaneous processes and threads.
     """
@@ -62,9 +62,9 @@ class Limits:
                 raise ValueError(f"{name} is {value!r}; it must be above 0 and finite")
 
 
-# ---- what there is --------------------------------------------------------------------------------------------------
+# ---- available facilities -------------------------------------------------------------------------------------------
 
-# Resource -> alternative sets of facilities, each of which protects it.
+# Resource -> sets of facilities, each of which protects it.
 _KEEPS = {
     "your files": ({"namespaces"}, {"landlock"}),
     "the network": ({"namespaces"}, {"seccomp"}),
@@ -114,12 +114,12 @@ def _works(attempt: Callable[[], object]) -> bool:
 
 
 def readable() -> list[str]:
-    """Files and folders that a Python program needs: the interpreter, its packages, the system's libraries."""
+    """Files and folders that a Python program needs: the interpreter, its packages and the system libraries."""
     paths = [*_SYSTEM, *(os.path.realpath(path) for path in (sys.base_prefix, sys.prefix, sys.exec_prefix))]
     return [path for path in dict.fromkeys(paths) if os.path.exists(path)]
 
 
-# ---- entering -------------------------------------------------------------------------------------------------------
+# ---- isolation of a process -----------------------------------------------------------------------------------------
 
 
 def entered(
@@ -130,14 +130,14 @@ def entered(
     report: int | None = None,
     lasting: bool = False,
 ) -> str:
-    """Continue in an isolated child of this process; this process waits for it and exits with its status.
+    """Fork, isolate the child and return in it; this process waits for the child and exits with its status.
 
     Args:
       using: facilities.
-      limits: of each process; None: no limits.
-      folder: the writable folder without namespaces; with them it is a new one in memory.
-      lasting: the process serves several calls, so CPU time and address space are not limited here.
+      limits: limits of each process; None: no limits.
+      folder: the writable folder without namespaces; with namespaces, a new folder in memory replaces it.
       report: file descriptor to which {"status": wait status of the child} is written as a line of JSON.
+      lasting: whether the process serves several calls; then CPU time and address space are not limited here.
 
     Returns:
       The writable folder.
@@ -154,7 +154,7 @@ def entered(
     _in_child(report, first="namespaces" in using)
     os.chdir(folder if os.path.isdir(folder) else "/")
     if limits is not None:
-        # In a new user namespace, or as a new user, the process count starts at 0.
+        # In a new user namespace, or as a new user, the count of processes starts at 0.
         beside = 0 if {"namespaces", "user"} & {*using} else _tasks_of(os.getuid())
         _limited(limits, beside, lasting=lasting)
     if "user" in using:
@@ -168,7 +168,7 @@ def entered(
     if "namespaces" in using and "user" not in using:
         _without_capabilities()
     if "seccomp" in using:
-        # The kernel does not count processes of root.
+        # The kernel does not limit the processes of root, so forks are forbidden instead.
         filtered(parents, forks="user" in using or os.getuid() != 0)
     return folder
 
@@ -186,20 +186,23 @@ def adopt_orphans() -> None:
 
 
 def _in_child(report: int | None, *, first: bool = False) -> None:
-    """Fork; the parent, which may be the first process of a namespace, ends as the child does; the child returns."""
+    """Fork and return in the child; the parent waits for the child and exits with its status.
+
+    The parent may be the first process of a process namespace.
+    """
     child = os.fork()
     if child == 0:
         die_with_parent()
         return
     try:
         if sys.platform == "linux":
-            prctl(4, 0)  # no process of the same user can trace it
+            prctl(4, 0)  # processes of the same user cannot trace it
         pid = None
         while pid != child:  # orphans become children of the first process of a namespace
             pid, status = os.wait()
         if first and os.getpid() == 1:
             with contextlib.suppress(OSError):
-                os.kill(-1, signal.SIGKILL)  # only this process may write a report
+                os.kill(-1, signal.SIGKILL)  # so that only this process can write to the report
         if report is not None:
             os.write(report, b"\n" + json.dumps({"status": status}).encode() + b"\n")
         code = os.waitstatus_to_exitcode(status)
@@ -209,7 +212,7 @@ def _in_child(report: int | None, *, first: bool = False) -> None:
 
 
 def _tasks_of(user: int) -> int:
-    """Processes and threads of a user."""
+    """Number of processes and threads of a user."""
     found = 0
     for pid in os.listdir("/proc") if sys.platform == "linux" else ():
         with contextlib.suppress(OSError):
@@ -228,7 +231,7 @@ def _limited(limits: Limits, beside: int, *, lasting: bool) -> None:
         "MEMLOCK": 1 << 16,
         "MSGQUEUE": 1 << 16,
     }.items():
-        with contextlib.suppress(AttributeError, ValueError, OSError):  # macOS has not all of them
+        with contextlib.suppress(AttributeError, ValueError, OSError):  # macOS does not have all of them
             resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, value + (name == "CPU")))
 
 
@@ -236,18 +239,18 @@ def _limited(limits: Limits, beside: int, *, lasting: bool) -> None:
 
 
 def _nobody(number: int) -> int:
-    """An unused user id, different for each run, since processes are counted per user."""
+    """An unused user id, different for each run, since the kernel counts processes per user."""
     return 1 << 30 | number
 
 
 def _as_nobody(user: int = _nobody(0)) -> None:
     if os.getuid() != 0:
-        raise PermissionError("only root becomes another user")
+        raise PermissionError("only root can change to another user")
     os.setgroups([])
     os.setresgid(user, user, user)
     os.setresuid(user, user, user)
     if not os.access(os.__file__, os.R_OK):
-        raise PermissionError("Python is installed where only root can read it")
+        raise PermissionError("only root can read the installation of Python")
 
 
 def _new_namespaces(*, as_root: bool) -> None:
@@ -260,7 +263,7 @@ def _new_namespaces(*, as_root: bool) -> None:
 
 
 def _own_root(limits: Limits, owner: int) -> None:
-    """Enter a read-only root with only Python, and one folder in memory writable by `owner` (0: this user)."""
+    """Enter a read-only root with only Python, and one folder in memory that `owner` (0: this user) can write to."""
     paths = readable()
     _mount("none", "/", "", _RECURSIVE | _PRIVATE)
     _mount("tmpfs", "/tmp", "tmpfs", _NO_SUID | _NO_DEV, "size=1m,mode=755")
@@ -283,7 +286,7 @@ def _own_root(limits: Limits, owner: int) -> None:
     os.mkdir(FOLDER)
     if not os.path.exists("/tmp"):
         os.symlink(FOLDER, "/tmp")
-    checked("umount", libc.umount2(b"/before", 2))  # lazily, with all that is mounted below
+    checked("umount", libc.umount2(b"/before", 2))  # lazily, with all mounts below it
     os.rmdir("/before")
     _set_attributes("/", _READ_ONLY | _NO_SUID | _NO_DEV, 0)
     whose = f",uid={owner},gid={owner}" if owner else ""
@@ -313,16 +316,16 @@ _READ_WRITE_FILE = 1 << 1 | 1 << 2
 
 
 def _landlocked(paths: Sequence[str], folder: str, *, signals: bool) -> None:
-    """From now on refuse access to files outside of these paths (to read) and the folder (to write)."""
+    """Limit this process to reading these paths, and to reading and writing the folder."""
     version = call("landlock_create_ruleset", None, 0, 1)
     if signals and version < 6:
-        raise OSError("this landlock has no scope of signals")
+        raise OSError("this version of Landlock cannot restrict signals")
     every = (1 << 13) - 1 | (1 << 13 if version > 1 else 0) | (1 << 14 if version > 2 else 0)
     every |= 1 << 15 if version > 4 else 0
     network, scoped = 3 if version > 3 else 0, 3 if signals else 0
     attributes = struct.pack("QQQ", every, network, scoped)[: 24 if version > 5 else 16 if version > 3 else 8]
     rules = call("landlock_create_ruleset", attributes, len(attributes), 0)
-    writable = every & ~(1 | 1 << 6 | 1 << 11 | 1 << 15)  # all but executing, devices and their controls
+    writable = every & ~(1 | 1 << 6 | 1 << 11 | 1 << 15)  # not executing, nor making or controlling devices
     given = [*((path, _READ) for path in paths), *((path, _READ_WRITE_FILE) for path in _DEVICES), (folder, writable)]
     for path, rights in given:
         if os.path.exists(path):

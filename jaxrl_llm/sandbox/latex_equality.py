@@ -1,4 +1,4 @@
-"""The function of the process of `latex_match`; imported only there, since math-verify is slow to import."""
+"""The function that `latex_match` calls in another process; only that process imports math-verify, which is slow."""
 
 from __future__ import annotations
 

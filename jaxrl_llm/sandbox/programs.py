@@ -1,4 +1,4 @@
-"""Runs programs written by a model in isolation, with limits and a verdict."""
+"""Isolated runs of programs that a model has generated, with limits and a verdict."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ class Program(NamedTuple):
     """A program and its inputs.
 
     Attributes:
-      source: Python.
+      source: Python source code.
       stdin: text of its standard input.
-      tests: Python code that is run after it in its namespace; it raises if a test fails.
-      call: (name, arguments): a function of the program, or a method of its class Solution, to call with these
+      tests: Python code that is run after the program in its namespace, and raises an exception if a test fails.
+      call: (name, arguments) of a function of the program, or a method of its class Solution, that is called with these
         arguments. Arguments and result are JSON values.
     """
 
@@ -48,14 +48,14 @@ class Outcome(NamedTuple):
     """The outcome of a program.
 
     Attributes:
-      verdict: "pass": it ended by itself with status 0, its tests run to their end. "fail": a test raised
-        AssertionError. "timeout". "forbidden": it was ended by a system call, or by an exception for a file, a process
-        or a right that it may not have. "error": anything else, such as an exception, a crash, too much memory or
-        output, or leaving before its tests have ended.
-      detail: one line; empty for "pass".
-      stdout, stderr: text.
+      verdict: "pass": the program exited with status 0, and all its tests were run. "fail": a test raised
+        AssertionError. "timeout": it exceeded its time limit. "forbidden": it was killed for a forbidden system call,
+        or ended with an exception because access was denied. "error": anything else, such as another exception, a
+        crash, too much memory or output, or an exit before its tests had ended.
+      detail: the reason for the verdict in one line; empty for "pass".
+      stdout, stderr: text of standard output and standard error.
       value: result of the call.
-      seconds: from start to end.
+      seconds: duration from start to end.
     """
 
     verdict: Verdict
@@ -80,16 +80,16 @@ def require_isolation(using: frozenset[str] | None = None, remedy: str = "") -> 
 
     Args:
       using: facilities; None: those of this machine.
-      remedy: what to do instead; "" names allow_unisolated.
+      remedy: last sentence of the message; "" suggests allow_unisolated.
 
     Raises:
       SandboxError: naming the unprotected resources.
     """
     if lacking := missing(facilities() if using is None else using):
         raise SandboxError(
-            f"code that a model wrote is not run here: nothing keeps it from {', '.join(lacking)}. Linux does, with "
-            "user namespaces, or with Landlock (6.12 or newer protects other processes, too) and seccomp; a container "
-            f"may have them switched off. {remedy or 'Set allow_unisolated to run it with limits alone'}"
+            f"code that a model wrote cannot be isolated here: no protection of {', '.join(lacking)}. Use Linux with "
+            "user namespaces, or with Landlock (since Linux 6.12 it protects other processes, too) and seccomp; a "
+            f"container may disable them. {remedy or 'Set allow_unisolated to run it with limits alone'}"
         )
 
 
@@ -104,15 +104,15 @@ def run_programs(
 
     Args:
       programs: the programs; each runs in a separate process and an empty folder.
-      limits: of each; None: `Limits()`.
+      limits: limits of each program; None: `Limits()`.
       allow_unisolated: run them even if files, network or other processes are not protected.
-      without: facilities not to use.
+      without: facilities that are not used.
 
     Returns:
       One outcome per program; None if the sandbox itself failed.
 
     Raises:
-      SandboxError: without isolation, unless allowed.
+      SandboxError: if the programs cannot be isolated and `allow_unisolated` is false.
 
     >>> [outcome] = run_programs([Program("print(6 * 7)")], allow_unisolated=True)
     >>> outcome.verdict, outcome.stdout
@@ -124,7 +124,7 @@ def run_programs(
     if using not in _told and not using >= _EVERYTHING:
         _told.add(using)
         lacking, absent = missing(using), ", ".join(sorted(_EVERYTHING - using))
-        told = f"nothing keeps it from {', '.join(lacking)}" if lacking else "what is there suffices"
+        told = f"no protection of {', '.join(lacking)}" if lacking else "the other facilities protect all resources"
         warnings.warn(f"code that a model wrote is run without {absent}: {told}", RuntimeWarning, stacklevel=2)
     calls = [(p.source, limits, using, {"stdin": p.stdin, "tests": p.tests, "call": p.call}) for p in programs]
     found = _runners("run", calls, limits.seconds + _SETUP_SECONDS)
@@ -135,13 +135,13 @@ def run_programs(
 
 def _outcome(told: Mapping[str, Any], program: Program) -> Outcome | None:
     if told["setup"] is not None and told["status"] is None and told["ended"] is None:
-        return None  # a started program has a status, and may have written anything
+        return None  # the sandbox failed; a started program has a status and cannot cause this by its report
     value, (verdict, detail) = None, _verdict(told, program)
     if verdict == "pass" and program.call is not None:
         try:
             value = json.loads(told["value"])
         except (TypeError, ValueError, RecursionError):
-            verdict, detail = "error", "returned what JSON has not"
+            verdict, detail = "error", "returned a value that JSON cannot represent"
     return Outcome(verdict, detail, told["stdout"], told["stderr"], value, told["seconds"])
 
 
@@ -167,19 +167,19 @@ def _verdict(told: Mapping[str, Any], program: Program) -> tuple[Verdict, str]:
     if code != 0:
         return "error", f"ended with status {code}"
     if program.tests is not None and not told["done"]:
-        return "error", "left before its tests had ended"
+        return "error", "exited before its tests had ended"
     return "pass", ""
 
 
 def python_tool(
     code: str, *, limits: Limits | None = None, most_characters: int = 2000, allow_unisolated: bool = False
 ) -> str:
-    """The answer of a Python tool: the output of the code, then its error, if any.
+    """The answer of a Python tool: the output of the code, and then the error if there is one.
 
     Args:
       code: Python code, run in a new process each time.
       limits: as for `run_programs`.
-      most_characters: longest answer; the middle of a longer one is left out.
+      most_characters: largest number of characters of the answer; the middle of a longer answer is left out.
       allow_unisolated: as for `run_programs`.
 
     >>> python_tool("print(6 * 7); 1 / 0", allow_unisolated=True)

@@ -1,6 +1,6 @@
-"""The process that runs programs: each in an isolated and supervised fork.
+"""The process that runs programs, each in an isolated and supervised fork.
 
-A fork is faster than the start of an interpreter, so isolation does not slow programs down.
+A fork is faster than the start of an interpreter, so programs start quickly although they are isolated.
 """
 
 from __future__ import annotations
@@ -33,18 +33,21 @@ def run(source: str, limits: Limits, using: Collection[str], job: Mapping[str, A
     """Run a program and report its outcome.
 
     Args:
-      source: Python.
-      limits: of its processes.
+      source: Python source code.
+      limits: limits of its processes.
       using: facilities that isolate it.
-      job: `stdin`; and `tests`, Python that is run behind it in its names, or `call` (name of a function, arguments).
+      job: `stdin`, and `tests` (Python code that is run after the program in its namespace) or `call` (name of a
+        function, arguments).
 
     Returns:
-      ended: why it was ended from outside: "seconds", "output" or "memory"; None where it ended by itself.
-      status: wait status of its first process; stdout, stderr; seconds.
-      setup: what went wrong before it was started.
-      kind, text, part, errno, outside: of the exception that ended it.
-      done: the tests have been run to their end; value: what the call returned, as JSON.
-      What the program's processes have told may be anything, but is text or a number.
+      ended: the limit for which it was killed: "seconds", "output" or "memory"; None if it ended by itself.
+      status: wait status of its first process; stdout, stderr: text; seconds: duration.
+      setup: error before the program was started.
+      kind, text, part, errno, outside: type, message, part of the run, error number, and whether the path is outside of
+        its folder, of the exception that ended the program.
+      done: whether all tests were run; value: result of the call as JSON.
+      The program can write to the report, so all entries but `ended` and `seconds` are untrusted; they are strings,
+      integers or None.
     """
     started = time.monotonic()
     folder = "" if "namespaces" in using else tempfile.mkdtemp()
@@ -78,7 +81,10 @@ def run(source: str, limits: Limits, using: Collection[str], job: Mapping[str, A
 
 
 def _watched(child: int, limits: Limits, ours: list[int], started: float) -> tuple[str | None, list[bytes]]:
-    """Why it had to be ended, and what it has written; ends when nobody can write any more, or the child has ended."""
+    """(the limit that was exceeded or None, the data read from each pipe).
+
+    Returns when all writers have closed the pipes, the child has ended, or a limit is exceeded.
+    """
     most = (limits.output_bytes, limits.output_bytes, max(limits.output_bytes, 1 << 16))
     data, open_ones, looked = dict.fromkeys(ours, b""), {*ours}, started
     gone = False
@@ -104,7 +110,7 @@ def _watched(child: int, limits: Limits, ours: list[int], started: float) -> tup
 
 
 def _report(data: bytes) -> dict[str, Any]:
-    """What the program's processes have told, the last word on each; they may have written anything."""
+    """The entries of the report; later lines override earlier ones. The program may have written anything to it."""
     told: dict[str, Any] = {}
     for line in data.splitlines():
         try:
@@ -118,7 +124,7 @@ def _report(data: bytes) -> dict[str, Any]:
 
 
 def _without_children() -> None:
-    """What a program has left behind has become a child of this process, and is taken down."""
+    """Kill the processes that a program left behind, which have become children of this process."""
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline:
         try:
@@ -147,7 +153,7 @@ def _life(
         moved = [os.dup2(file, 64 + number) for number, file in enumerate(files)]
         for number, file in enumerate(moved):
             os.dup2(file, number)
-        os.closerange(len(files), 1 << 16)  # the socket over which answers are sent above all
+        os.closerange(len(files), 1 << 16)  # most importantly the socket to the calling process
         folder = entered(using, limits, folder=folder, report=_REPORT)
     except BaseException as error:
         os.write(_REPORT, json.dumps({"setup": f"{type(error).__name__}: {error}"}).encode())
@@ -161,7 +167,7 @@ def _life(
 
 
 def _own_state(folder: str, source: str) -> None:
-    """As in an interpreter that has just started on program.py."""
+    """Set the state of the interpreter as if it had just started with program.py."""
     for name, file, mode in (("stdin", 0, "r"), ("stdout", 1, "w"), ("stderr", 2, "w")):
         stream = open(file, mode, encoding="utf-8", errors="surrogateescape", closefd=False)  # noqa: SIM115
         setattr(sys, name, stream)
@@ -178,7 +184,7 @@ def _own_state(folder: str, source: str) -> None:
 
 
 def _run(source: str, job: Mapping[str, Any], token: str) -> int:
-    """The status that it exits with; everything else is told in the report."""
+    """The exit status of the program; all other results are written to the report."""
     folder = os.path.realpath(os.getcwd())
     main = sys.modules["__main__"] = ModuleType("__main__")
     main.__file__ = "program.py"

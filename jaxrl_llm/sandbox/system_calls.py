@@ -1,4 +1,4 @@
-"""System calls of Linux by their numbers: those that glibc has no function for, and a filter (seccomp) of others."""
+"""Linux system calls by number: calls without a glibc function, and a seccomp filter of forbidden ones."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from collections.abc import Sequence
 
 libc = ctypes.CDLL(None, use_errno=True)
 
-# Name, number on x86-64, on arm64: what ends a process. Sockets, other processes, the tree of mounts, kernel machinery;
-# memory that no limit of a process counts (memfd_create, shmget).
+# Name, number on x86-64, number on arm64 of calls that kill the process: sockets, access to other processes, mounts,
+# kernel facilities, and memory that limits of a process do not include (memfd_create, shmget).
 _FORBIDDEN = """
 socket 41 198, connect 42 203, accept 43 202, bind 49 200, listen 50 201, accept4 288 242, ptrace 101 117,
 process_vm_readv 310 270, process_vm_writev 311 271, process_madvise 440 440, kcmp 312 272,
@@ -37,8 +37,8 @@ _OWN = """
 prlimit64 302 261, sched_setaffinity 203 122, sched_setscheduler 144 119, sched_setparam 142 118, sched_setattr 314 274
 """
 _MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
-_LAST_CALL = 462  # later ones are refused as not existing
-_NEW_ANY = 0x7E020000  # every CLONE_NEW... that clone takes
+_LAST_CALL = 462  # calls with larger numbers fail with ENOSYS
+_NEW_ANY = 0x7E020000  # all CLONE_NEW... flags of clone
 _THREAD = 0x10000
 _KILL, _ALLOW, _NOT_PERMITTED, _NOT_NOW, _NOT_THERE = 0x80000000, 0x7FFF0000, 0x50001, 0x5000B, 0x50026
 _LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
@@ -48,7 +48,7 @@ def call(name: str, *arguments: object) -> int:
     """The result of a system call; integers are passed as C's long.
 
     Raises:
-      OSError: where it fails.
+      OSError: if it fails.
     """
     number = _numbers(_OTHERS, _machine()[0])[name]
     given = [ctypes.c_long(each) if isinstance(each, int) else each for each in arguments]
@@ -56,19 +56,19 @@ def call(name: str, *arguments: object) -> int:
 
 
 def prctl(option: int, value: int) -> None:
-    """Operations on a process.
+    """Set an option of this process.
 
     Raises:
-      OSError: where it fails.
+      OSError: if it fails.
     """
     checked("prctl", libc.prctl(option, ctypes.c_ulong(value), 0, 0, 0))
 
 
 def checked(what: str, result: int) -> int:
-    """The result of a function of C.
+    """The result of a C function.
 
     Raises:
-      OSError: where it is negative.
+      OSError: if it is negative.
     """
     if result < 0:
         number = ctypes.get_errno()
@@ -77,22 +77,22 @@ def checked(what: str, result: int) -> int:
 
 
 def filtered(protected: Sequence[int] = (), *, forks: bool = True) -> None:
-    """Forbidden system calls end the process from now on, as do signals to these processes, to process 1, or to all.
+    """Install a filter that kills this process for forbidden system calls, and for signals to protected processes.
 
     Args:
-      protected: processes.
-      forks: whether new processes may be started; threads always may.
+      protected: ids of processes; process 1 and signals to all processes are always protected.
+      forks: whether new processes may be started; threads are always allowed.
 
     Raises:
-      OSError: where the kernel has no such filter.
+      OSError: if the kernel does not support such a filter.
     """
     column, architecture = _machine()
     nr, first = 0, 16  # offsets of the number and of the first argument, lower half
     others = _numbers(_OTHERS, column)
     code = [(_LOAD, 0, 0, 4), (_EQUAL, 1, 0, architecture), (_RETURN, 0, 0, _KILL), (_LOAD, 0, 0, nr)]
-    code += [(_AT_LEAST, 0, 1, 0x40000000), (_RETURN, 0, 0, _KILL)]  # x32, which has numbers of its own
+    code += [(_AT_LEAST, 0, 1, 0x40000000), (_RETURN, 0, 0, _KILL)]  # x32, which has other numbers
     code += [(_AT_LEAST, 0, 1, _LAST_CALL + 1), (_RETURN, 0, 0, _NOT_THERE)]
-    # glibc falls back from clone3, whose flags cannot be looked at, to clone.
+    # A filter cannot read the flags of clone3; without it glibc uses clone.
     code += [(_EQUAL, 0, 1, others["clone3"]), (_RETURN, 0, 0, _NOT_THERE)]
     for number in _numbers(_FORBIDDEN, column).values():
         code += [(_EQUAL, 0, 1, number), (_RETURN, 0, 0, _KILL)]
@@ -119,9 +119,9 @@ def filtered(protected: Sequence[int] = (), *, forks: bool = True) -> None:
 
 
 def _machine() -> tuple[int, int]:
-    """(column of the numbers, how seccomp calls it)."""
+    """(column of the numbers, number of the architecture in seccomp)."""
     if platform.machine() not in _MACHINES or struct.calcsize("P") != 8:
-        raise OSError(f"the system calls of {platform.machine()} are not known here")
+        raise OSError(f"seccomp filters are not supported on {platform.machine()}")
     return _MACHINES[platform.machine()]
 
 

@@ -1,8 +1,8 @@
 """Calls of functions in other processes, with deadlines and limits; processes are killed with their descendants.
 
 Each process leads its own session, and all its descendants, daemons included, stay below it in the process tree, so
-none survives it. Requests and answers are sent through a socket; an isolated process answers only in plain data, since
-its messages must not execute code here.
+none survives it. Requests and answers are sent through a socket. Answers of an isolated process must be plain data,
+since unpickling anything else could execute code in this process.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ from jaxrl_llm.sandbox.isolation import (
     missing,
 )
 
-START_SECONDS = 120.0  # seconds for the imports of a process, before deadlines count
+START_SECONDS = 120.0  # seconds for the imports of a process, which deadlines of calls do not include
 END_SECONDS = 5.0  # seconds for a process to end after closing its connection
-MOST_OUTPUT = 16 << 20  # bytes that output may take on the disk
-MOST_ANSWER = 256 << 20  # bytes of one answer of an isolated process
+MOST_OUTPUT = 16 << 20  # largest size of the log file in bytes
+MOST_ANSWER = 256 << 20  # largest size of one answer of an isolated process in bytes
 UNBUFFERED = {"PYTHONUNBUFFERED": "1"}
 # Environment variables passed to isolated processes.
 BARE = UNBUFFERED | {"PATH": os.defpath, "HOME": FOLDER, "TMPDIR": FOLDER, "LANG": "C.UTF-8", "PYTHONHASHSEED": "0"}
@@ -65,10 +65,10 @@ class Returned(NamedTuple):
 
     Attributes:
       value: result of the function.
-      error: reason for a missing value, as a predicate ("raised KeyError: ..."); None if it returned.
-      late: whether it exceeded its deadline.
-      ended: whether the process of the call has ended.
-      crashed: whether it ended by itself.
+      error: reason for a missing value, as a predicate ("raised KeyError: ..."); None if the function returned.
+      late: whether the call exceeded its deadline.
+      ended: whether the process of the call has ended or must be ended.
+      crashed: whether the process ended by itself.
     """
 
     value: Any = None
@@ -80,15 +80,15 @@ class Returned(NamedTuple):
 
 @dataclass(eq=False)
 class Workers:
-    """Processes that call functions; they start at the first call, and end with `close` or with this process.
+    """Processes that call functions. They start at the first call, and end with `close` or with this process.
 
     Attributes:
-      functions: by name. They must be picklable, like top-level functions of a module, or "module:function", which is
-        imported only in the other process.
-      workers: number of simultaneous calls, each in a process.
+      functions: functions by name. Each must be picklable, such as a top-level function of a module, or a string
+        "module:function", which is imported only in the other process.
+      workers: number of simultaneous calls, each in its own process.
       memory_bytes: memory limit of a process with its descendants; None: half of the free memory.
-      log: file for their output and tracebacks, which are appended; None discards them.
-      stop: called while waiting for an answer; may raise to abort.
+      log: file to which their output and tracebacks are appended; None discards them.
+      stop: called while waiting for an answer; an exception in it aborts the calls.
       environment: environment variables; None: those of this process, but without access to the devices.
       isolated: the processes lose access to files, network and other processes after importing their functions. Answers
         must be plain data: numbers, text, arrays, lists, dictionaries.
@@ -120,8 +120,8 @@ class Workers:
         """The outcome of each call, in order.
 
         Args:
-          name: of the function.
-          calls: its arguments.
+          name: name of the function.
+          calls: arguments of each call.
           seconds: longest duration of each call from its start; the process of a longer call is killed.
 
         Raises:
@@ -130,7 +130,7 @@ class Workers:
         with self._one_at_a_time:
             try:
                 return self._called(name, calls, seconds)
-            except BaseException:  # its answer would be mistaken for that of the next call
+            except BaseException:  # a late answer would be mistaken for that of the next call
                 self.close()
                 raise
 
@@ -150,7 +150,7 @@ class Workers:
                     )
                     idle.append(process)
                     continue
-                with contextlib.suppress(OSError):  # the process has ended: there will be no answer
+                with contextlib.suppress(OSError):  # the process has ended, which is found when its answer is read
                     process.pipe.send_bytes(request)
                 busy[process.pipe] = process, number, time.monotonic()
             until = min((since + seconds for _, _, since in busy.values()), default=0.0)
@@ -177,7 +177,7 @@ class Workers:
     def _ready(self, count: int, *, anew: bool = False) -> list[_Process]:
         """This number of processes that have imported their functions; with `anew`, in addition to existing ones."""
         for process in [] if anew else [each for each in self._processes if has_ended(each.process.pid)]:
-            process.end()  # it has ended between two calls
+            process.end()  # it ended between two calls
             self._processes.remove(process)
         there = [] if anew else self._processes[:count]
         started = [_Process(self._pickled, self) for _ in range(count - len(there))]
@@ -193,12 +193,12 @@ class Workers:
 
 
 class _Process:
-    """A process and our end of its socket."""
+    """A process, and this process's end of the socket to it."""
 
     def __init__(self, pickled: bytes, of: Workers):
         self.log: IO[bytes] | None = None
         if of.log is not None:
-            with contextlib.suppress(OSError):  # a full disk is reported by the writer of the run
+            with contextlib.suppress(OSError):  # a full disk is reported when the run writes its own files
                 of.log.parent.mkdir(parents=True, exist_ok=True)
                 self.log = open(of.log, "ab", buffering=0)  # noqa: SIM115
         self.memory = of.memory_bytes or psutil.virtual_memory().available // 2
@@ -225,11 +225,11 @@ class _Process:
             self.pipe.send_bytes(pickled)
 
     def require_ready(self, functions: str) -> None:
-        found = self.received() if self.pipe.poll(START_SECONDS) else Returned(error=f"waits for {START_SECONDS:g} s")
+        found = self.received() if self.pipe.poll(START_SECONDS) else Returned(error=f"took over {START_SECONDS:g} s")
         if found.error is not None:
             raise ValueError(
-                f"a process for {functions} did not start: it {found.error}; import what the functions need at the top "
-                "of their module, and guard a script with if __name__ == '__main__'"
+                f"a process for {functions} did not start: it {found.error}; import all that the functions need at "
+                "the top of their module, and guard a script with if __name__ == '__main__'"
             )
 
     def received(self) -> Returned:
@@ -240,7 +240,7 @@ class _Process:
         except (EOFError, ConnectionError):
             return Returned(error=f"ended its process, which {self._end()}", ended=True, crashed=True)
         except Exception as error:
-            return Returned(error=f"returned what cannot be read: {_told(error)}", ended=True)
+            return Returned(error=f"returned an answer that cannot be read: {_told(error)}", ended=True)
 
     def _end(self) -> str:
         deadline = time.monotonic() + END_SECONDS
@@ -250,15 +250,16 @@ class _Process:
             return "had closed its connection"
         killed_with_descendants(self.process.pid)  # before its pid can be reused
         code = self.process.wait()
-        number = -code if code < 0 else code - 128 if self.plain else 0  # an isolated one is the child of a child
+        # An isolated process is a child of this child, which exits with 128 + signal.
+        number = -code if code < 0 else code - 128 if self.plain else 0
         return f"was killed by {signal_name(number)}" if number > 0 else f"ended with status {code}"
 
     def looked_at(self) -> Returned | None:
-        """Whether it must be ended; its descendants, which are slower to find, are checked every tenth time."""
+        """An error if the process needs too much memory; every tenth check includes its descendants, which is slow."""
         self.looks += 1
         self.cut_output()
         if (used := memory_of(self.process.pid, whole=self.looks % 10 == 0)) > self.memory:
-            told = f"used {used / 2**30:.1f} GiB of memory, of which it may have {self.memory / 2**30:.1f}"
+            told = f"used {used / 2**30:.1f} GiB of memory, more than its limit of {self.memory / 2**30:.1f} GiB"
             return Returned(error=told, ended=True)
         return None
 
@@ -270,7 +271,7 @@ class _Process:
                     self.log.write(f"(the first {MOST_OUTPUT >> 20} MiB of output were dropped)\n".encode())
 
     def end(self) -> None:
-        """Kill it and its descendants."""
+        """Kill the process and its descendants."""
         if self.process.returncode is None:
             killed_with_descendants(self.process.pid)
             self.process.wait()
@@ -293,10 +294,10 @@ def has_ended(child: int) -> bool:
 
 
 def killed_with_descendants(pid: int, *, itself: bool = True) -> None:
-    """Kill a group leader and all of its descendants, also those in other groups."""
+    """Kill the leader of a process group and all its descendants, including those in other groups."""
     with contextlib.suppress(psutil.Error):
         leader = psutil.Process(pid)
-        for _ in range(100):  # new ones may be started while others are killed; the stopped leader adopts them
+        for _ in range(100):  # new processes may be started meanwhile; the suspended leader adopts them
             if itself:
                 leader.suspend()
             living = [each for each in leader.children(recursive=True) if each.status() != psutil.STATUS_ZOMBIE]
@@ -329,7 +330,7 @@ def _plain(data: bytes) -> tuple[Any, str | None]:
     class Reader(pickle.Unpickler):
         def find_class(self, module: str, name: str) -> Any:
             if (module, name) not in _PLAIN:
-                raise pickle.UnpicklingError(f"{module}.{name} is not plain data, the only allowed type")
+                raise pickle.UnpicklingError(f"{module}.{name} is not plain data; only plain data is allowed")
             return super().find_class(module, name)
 
     value, error = Reader(io.BytesIO(data)).load()
@@ -346,7 +347,7 @@ def _told(error: BaseException) -> str:
 def serve(file: int, of_main_thread: bool, isolated: bool) -> None:
     """Main loop of the process: read requests and send answers until the socket closes."""
     adopt_orphans()
-    if of_main_thread:  # Linux would end it with the thread that started it
+    if of_main_thread:  # Linux kills it when the thread that started it ends
         die_with_parent()
     pipe = Connection(file)
     try:
@@ -378,10 +379,10 @@ def serve(file: int, of_main_thread: bool, isolated: bool) -> None:
 
 
 def _isolate(file: int) -> None:
-    """Continue in an isolated process whose only open files are its socket and its output."""
+    """Fork, and continue in an isolated child with no open files but the socket and the output."""
     if lacking := missing(found := facilities()):
-        raise SandboxError(f"nothing here keeps a function from {' and '.join(lacking)}")
-    child = os.fork()  # namespaces are entered by a process with one thread, and imports may have started others
+        raise SandboxError(f"functions cannot be isolated here: no protection of {' and '.join(lacking)}")
+    child = os.fork()  # only a process with one thread can enter namespaces, and imports may have started threads
     if child:
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         os._exit(code if code >= 0 else 128 - code)

@@ -163,7 +163,7 @@ def _check_writer(c: Composition, view: View) -> None:
         head = c.networks[name].head if name in c.networks else None
         if key == "guided_by":
             if name is not None and (head is None or head.outputs != 1):
-                raise ValueError(f"{where}, which has no head of one number; name a value or reward network")
+                raise ValueError(f"{where}, which has no head with one output; name a value or reward network")
         elif head is not None:
             raise ValueError(f"{where}, which has a head instead of a vocabulary; name a network that generates tokens")
         if name is not None and c.rollout is None:

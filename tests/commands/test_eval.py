@@ -252,4 +252,4 @@ def test_a_value_network_of_the_run_guides_its_samples(place, micro_config):
     assert texts["400"] != texts["0"]
     status, _, err = said("eval", "run", *OWN, "--guided-by", "policy")
     assert status != 0
-    assert "--guided-by is 'policy', which has no head of one number" in err
+    assert "--guided-by is 'policy', which has no head with one output" in err

@@ -20,8 +20,7 @@ from jaxrl_llm.reporting.figures import smoothed
 from jaxrl_llm.reporting.file_columns import COMPLETION, FILES
 from jaxrl_llm.reporting.machine_report import memory_in_use
 from jaxrl_llm.reporting.metric_alarms import alarms
-from jaxrl_llm.reporting.metric_panels import panels
-from jaxrl_llm.reporting.metric_table import described
+from jaxrl_llm.reporting.metric_table import described, panels
 from jaxrl_llm.reporting.report import different_settings, rendered, write_report
 from jaxrl_llm.reporting.reported_run import ReportedRun, headline, headlines, kl_curves, read_run, series
 
@@ -86,7 +85,7 @@ def test_every_metric_has_its_panel_and_none_is_drawn_twice(run):
     names = [name for panel in drawn for name in panel.metrics]
     assert sorted(names) == sorted(series(run))
     by_title = {panel.title: panel.metrics for panel in drawn}
-    assert by_title["Rewards apart"] == ("reward/exact", "reward/length")
+    assert by_title["Individual rewards"] == ("reward/exact", "reward/length")
     assert by_title["Validation"] == ("validation/pass@1",)
     assert by_title["Advantages and ratios"] == ("advantage_abs_per_token",)
     assert by_title["Advantages and ratios: ratio"] == ("ratio_max",)
@@ -301,7 +300,7 @@ def test_every_chart_is_a_file_for_papers(capsys, tmp_path, form, start):
     assert sorted(files) == sorted((tmp_path / "figures").iterdir())
     assert all(file.read_bytes().startswith(start) for file in files)
     if form == "svg":
-        named = ["rewards_apart", "loss", "sampler_and_trainer", "pass_k", "time_by_part"]
+        named = ["individual_rewards", "loss", "sampler_and_trainer", "pass_k", "time_by_part"]
         assert [file.stem for file in files] == named
         assert ">reward/exact</text>" in files[0].read_text()
 

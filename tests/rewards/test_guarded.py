@@ -147,7 +147,7 @@ FAULTS = {
     "spins": ({"deadline_s": 0.3}, "took longer than its deadline of 0.3 s", 3, ""),
     "dies": ({}, "ended its process, which ended with status 7", 3, ""),
     "dies_of_one": ({}, "ended its process, which was killed by SIGSEGV", 1, ""),
-    "eats": ({"memory": 1 << 30}, "of memory, of which it may have 1.0", 3, ""),
+    "eats": ({"memory": 1 << 30}, "of memory, more than its limit of 1.0", 3, ""),
     "one_exits": ({}, "raised FunctionEnded: SystemExit(of one row) at row 1", 1, "SystemExit: of one row"),
     "one_hangs": ({"deadline_s": 0.3}, "took longer than its deadline of 0.3 s at row 1", 1, "TimeoutError"),
     "judged": ({}, "raised FunctionEnded: SystemExit(1) at row 1", 1, "SystemExit: 1"),

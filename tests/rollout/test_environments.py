@@ -189,7 +189,7 @@ def returning(**changes):
         (ENVIRONMENT._replace(max_observation_tokens=0), "max_observation_tokens is 0"),
         (ENVIRONMENT._replace(max_observation_tokens=2), r"observation of shape \(3,\).*raise max_observation_tokens"),
         (ENVIRONMENT._replace(end_of_turn_ids=()), r"end_of_turn_ids is \(\)"),
-        (ENVIRONMENT._replace(end_of_turn_ids=(200,)), "below the vocabulary's 100"),
+        (ENVIRONMENT._replace(end_of_turn_ids=(200,)), "below 100, the vocabulary size"),
         (returning(done=lambda s: s.reward), "done of shape .* one boolean"),
         (returning(reward=lambda s: jnp.int32(1)), "reward of shape .* one float"),
         (returning(observation_length=lambda s: s.observation), "observation_length of shape"),

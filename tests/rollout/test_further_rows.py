@@ -181,9 +181,9 @@ def test_pivotal_credit_and_hints_that_are_not_learned(model):
         at = min(int(length[group, number - 2, 0]) // 2, WIDTH - 4)
         np.testing.assert_array_equal(without[row, : WIDTH - 2], np.delete(shown[row], [at, at + 1]))
     assert metrics["ratio_max"] < 1 + 1e-5
-    with pytest.raises(ValueError, match="no hint and no view to learn without"):
+    with pytest.raises(ValueError, match="no hint and no view to remove"):
         made(encode=None, hint_is_learned=False)
-    with pytest.raises(ValueError, match="never learned behind"):
+    with pytest.raises(ValueError, match="always trained with the plain prompt"):
         made(encode=None, view="privileged")
 
 

@@ -108,7 +108,7 @@ def test_episodes_stop_for_the_same_reasons_as_inside_the_program():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("raise", "step raised RuntimeError: no such file for row 1 .*'raise'.*mend the function.*on_failure"),
+        ("raise", "step raised RuntimeError: no such file for row 1 .*'raise'.*repair the function.*on_failure"),
         ("hang", "step had not returned after 0.2 s for row 1 .*deadline_seconds.*'process', which ends"),
         ("none", "step returned 'None', not"),
         ("nan", "returned the reward nan"),

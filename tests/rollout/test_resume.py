@@ -111,7 +111,7 @@ def test_a_hint_stands_behind_what_is_kept_and_is_not_trained(model):
     branch = np.asarray(rows["branch"]) > 0
     np.testing.assert_array_equal(np.asarray(rows.tokens)[branch, :2], [[9, 10]] * branch.sum())
     np.testing.assert_array_equal(np.asarray(rows.mask)[branch, :2], 0)
-    with pytest.raises(ValueError, match="hint is 'ab', but there is no encode="):
+    with pytest.raises(ValueError, match="hint is 'ab', which needs encode="):
         plan(4, from_the_start, hint="ab")
 
 

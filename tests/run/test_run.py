@@ -363,7 +363,7 @@ def test_a_reward_that_fails_costs_no_step(micro_yaml, tmp_path, monkeypatch, ca
     # The third step fails (the fourth call), while the checkpoint before it is being written.
     said = refused(capsys, "train", str(micro_yaml), f"run_dir={directory}", *changes, status=1)
     assert "reward 'judge' raised LookupError: no such case at row 0 (completion '" in said
-    assert "The state before step 3 is saved: mend the function and run jaxrl train --resume" in said
+    assert "The state before step 3 is saved: repair the function and run jaxrl train --resume" in said
     assert checkpoints.latest_step(directory / "checkpoints") == 2
     assert [line["step"] for line in records(directory)] == [1, 2]
 

@@ -50,8 +50,8 @@ ORDINARY = {
     "tests": (Program("def f(x): return 2 * x", tests="assert f(2) == 4"), "pass", "", ""),
     "a test fails": (Program("def f(x): return x", tests="assert f(2) == 4, 'no'"), "fail", "AssertionError: no", ""),
     "its own assertion": (Program("assert False", tests=""), "error", "AssertionError", ""),
-    "leaves early": (Program("import sys; sys.exit(0)", tests="1"), "error", "left before its tests", ""),
-    "leaves at once": (Program("import os; os._exit(0)", tests="1"), "error", "left before its tests", ""),
+    "leaves early": (Program("import sys; sys.exit(0)", tests="1"), "error", "exited before its tests", ""),
+    "leaves at once": (Program("import os; os._exit(0)", tests="1"), "error", "exited before its tests", ""),
     "a status": (Program("raise SystemExit(3)"), "error", "ended with status 3", ""),
     "an exception": (Program("print(1); 1 / 0"), "error", "ZeroDivisionError: division by zero", "1\n"),
     "no Python": (Program("x = ("), "error", "does not compile: SyntaxError", ""),
@@ -71,14 +71,14 @@ ORDINARY = {
     "forges its report": (
         Program('import os\nos.write(3, b\'{"setup": "x", "done": true, "value": [[[]]]}\')\nos._exit(0)', tests="1"),
         "error",
-        "left before its tests",
+        "exited before its tests",
         "",
     ),
     "returns no JSON": (Program("def f(): return {1, 2}", call=("f", ())), "error", "TypeError", ""),
     "forges a value": (
         Program('import os\nos.write(3, b\'{"value": "[7"}\')\nos._exit(0)', call=("f", ())),
         "error",
-        "returned what JSON has not",
+        "returned a value that JSON cannot represent",
         "",
     ),
     "surrogates": (Program("print('\\udce9')"), "pass", "", "\ufffd\n"),
@@ -359,9 +359,9 @@ def test_a_program_sees_neither_environment_nor_processes_nor_files(host):
 
 def test_without_isolation_code_is_refused_unless_it_is_allowed(recwarn):
     program, nothing = Program("print(1)"), frozenset(facilities())
-    with pytest.raises(SandboxError, match="nothing keeps it from your files, the network, other processes"):
+    with pytest.raises(SandboxError, match="no protection of your files, the network, other processes"):
         run_programs([program], without=nothing)
-    with pytest.warns(RuntimeWarning, match="is run without landlock, namespaces, seccomp: nothing keeps it from your"):
+    with pytest.warns(RuntimeWarning, match="is run without landlock, namespaces, seccomp: no protection of your"):
         (outcome,) = run_programs([program], without=nothing, allow_unisolated=True)
     assert outcome is not None
     assert (outcome.verdict, outcome.stdout) == ("pass", "1\n")

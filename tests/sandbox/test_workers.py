@@ -116,7 +116,7 @@ def test_what_becomes_of_calls_that_fail(workers):
     assert workers("plus", [(lambda: 0,)], 5.0)[0].error.startswith(
         "was not called, as its arguments cannot be pickled"
     )
-    assert "GiB of memory, of which it may have 0.2" in workers("hoards", [(300 << 20,)], 20.0)[0].error
+    assert "GiB of memory, more than its limit of 0.2" in workers("hoards", [(300 << 20,)], 20.0)[0].error
     assert workers("plus", [(1, 1)] * 3, 5.0)[2].value == 2
 
 
@@ -148,7 +148,7 @@ def test_an_isolated_process_has_nothing_and_cannot_harm_by_its_answer(isolated,
     assert "posix.system is not plain data" in evil.error
     (lie,) = isolated("lies", [(1,)], 5.0)
     assert lie.ended
-    assert lie.error.startswith("returned what cannot be read")
+    assert lie.error.startswith("returned an answer that cannot be read")
     assert isolated("plus", [(1,)], 5.0)[0].value == 2
 
 

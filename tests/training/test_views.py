@@ -373,7 +373,7 @@ def test_samples_of_a_prompt_are_judged_by_different_draws_and_the_policy_may_le
         ({"mixed_with": "judge"}, "mixed_with is 'judge', but written_by is None"),
         ({"written_by": "judge", "mixed_with": "policy", "share": 1.5}, "share is 1.5; it must lie in"),
         ({"written_by": "judge", "guided_by": "valeu"}, "views.verdict.guided_by is 'valeu'"),
-        ({"written_by": "policy", "guided_by": "judge"}, "guided_by is 'judge', which has no head of one number"),
+        ({"written_by": "policy", "guided_by": "judge"}, "guided_by is 'judge', which has no head with one output"),
         ({"guided_by": "grade"}, "guided_by is 'grade', which guides the generation of one network"),
         ({"written_by": "judge", "guided_by": "grade", "candidates": 0}, "candidates is 0"),
     ],

@@ -1,4 +1,4 @@
-"""Completions that continue earlier ones from a position: branches, retries, re-concatenation."""
+"""Plans whose second round continues earlier completions from a position: branches and retries."""
 
 from __future__ import annotations
 
@@ -35,43 +35,48 @@ def resume(
     trained_origin: bool = True,
     hint_is_learned: bool = True,
 ) -> Plan:
-    """Two rounds: completions as `inner` draws them, then `branches` of each prompt that go on from some of them.
+    """Two rounds: the completions of `inner`, then `branches` of each prompt that continue some of these completions.
 
-    Branch j of a prompt goes on from its j-th completion (counted round and round, where there are more branches than
-    completions), cut at the position that `choose` gives; at position 0 it starts afresh. All are rows of one group. A
-    branch continues the randomness of its own sample number, so it differs from the completion that it was cut from.
+    Branch j of a prompt continues its j-th completion (modulo their number, if there are more branches than
+    completions) from the position that `choose` returns; from position 0 it is a new completion. Completions and
+    branches of a prompt are one group. The random numbers of a branch depend on its own sample number, so it differs
+    from the completion that it continues, its origin.
 
-    With `trained_origin: false` the tokens that a branch kept are trained on in neither of the two: both have them, so
-    they made no difference (pivotal credit). With `hint_is_learned: false` the branch is learned without the help that
-    it was drawn with (context distillation): its hint is taken out, and it stands behind the plain prompt.
+    With `trained_origin: false`, tokens that a branch has in common with its origin are not trained on in the origin:
+    they are the same in both, so they did not cause the difference of their rewards (pivotal credit). With
+    `hint_is_learned: false` the branch is trained without the hint or view that it was sampled with (context
+    distillation): the hint is removed, and the prompt is the plain one.
 
     Args:
-      inner: how the first completions are drawn; it draws `samples_per_prompt - branches` of them.
-      choose: names of rows (rewards, behaviour_entropy, mask, length, key, ...) -> tokens that are kept of each row.
-      samples_per_prompt: rows of a group in the end.
+      inner: plan of the first completions; it samples `samples_per_prompt - branches` of them.
+      choose: fields of the rows (rewards, behaviour_entropy, mask, length, key, ...) -> number of tokens that are kept
+        of each row.
+      samples_per_prompt: rows of a group, branches included.
       max_completion_tokens: width of completions.
-      pad_id: fills what is shorter.
-      branches: how many of them are branches.
-      encode: text -> token ids, for a hint; may be None without one.
-      hint: text that is placed behind what is kept; never trained on.
-      view: column of the data with the form in which branches are asked, such as `privileged`; None asks as before.
-      trained_prefix: the policy's own tokens before the position are trained on in the branch too.
-      trained_origin: they are trained on in the completion that the branch was cut from.
-      hint_is_learned: the hint and the view stay in the row that is learned.
+      pad_id: id of padding.
+      branches: number of branches of each prompt.
+      encode: text -> token ids of the hint; may be None without a hint.
+      hint: text that is inserted after the kept tokens; it is never trained on.
+      view: column of the data with the form of the prompt for branches, such as `privileged`; None: the plain prompt.
+      trained_prefix: whether the policy's own tokens before the position are trained on in the branch.
+      trained_origin: whether they are trained on in the origin.
+      hint_is_learned: whether the hint stays in the row that is trained on; must be false with a view.
 
     Raises:
-      ValueError: for no branches, nothing that they could go on from, a hint that cannot be encoded, or help that is
-        taken out where there is none.
+      ValueError: for sizes without branches or first completions, a hint without `encode`, a view with
+        `hint_is_learned`, or `hint_is_learned: false` without a hint or view.
 
     Reference: CURE (2508.11016), R3L.
     """
     drawn = samples_per_prompt - branches
     if hint and encode is None:
-        raise ValueError(f"resume.hint is {hint!r}, but there is no encode= (text -> token ids) to make tokens of it")
+        raise ValueError(f"resume.hint is {hint!r}, which needs encode= (text -> token ids); pass it")
     if not hint_is_learned and not hint and view is None:
-        raise ValueError("resume.hint_is_learned is false, but there is no hint and no view to learn without; give one")
+        raise ValueError("resume.hint_is_learned is false, but there is no hint and no view to remove; set one of them")
     if view is not None and hint_is_learned:
-        raise ValueError(f"resume.view is {view!r}, which rows are never learned behind; set hint_is_learned to false")
+        raise ValueError(
+            f"resume.view is {view!r}, but rows are always trained with the plain prompt; set hint_is_learned to false"
+        )
     behind = tuple(encode(hint)) if hint and encode is not None else ()
     own = Source.SAMPLED if trained_prefix else Source.HINT
 
@@ -100,7 +105,7 @@ def resume(
             helped = (place >= kept) & (place < kept + len(behind))
             more = as_learned(compacted(more, ~helped, pad_id))
         if not trained_origin:
-            # Origins that have no branch keep all of their tokens.
+            # Completions without a branch keep the mask of all their tokens.
             number = jnp.arange(rows.tokens.shape[0]) % drawn
             shared = jnp.where(number < branches, cut, 0)
             rows = replace(rows, mask=jnp.where(place < shared[:, None], 0.0, rows.mask))
@@ -143,22 +148,22 @@ def highest_entropy(
     candidates: Count = 20,
     excluded_ids: tuple[Natural, ...] | None = None,
 ) -> Int[Array, "B"]:
-    """A position drawn evenly from those of highest entropy of each row: what comes before it is kept.
+    """A position drawn uniformly from those with the highest entropies of each row; the tokens before it are kept.
 
-    The token at that position is drawn anew. The first token is no candidate: nothing would be kept.
+    The token at this position is sampled again. The first token is excluded, since no token would be kept.
 
     Args:
-      behaviour_entropy: entropy that each token was drawn with.
+      behaviour_entropy: entropy of the sampling distribution at each token.
       mask: 1 on tokens that may be chosen.
       tokens: completion tokens.
       prompt_id: id of each row's prompt.
       sample: number of the row within its group.
-      key: random key of the step's plan; with prompt and sample it addresses the draw of a row.
-      candidates: how many positions of a row are drawn from; all of them where it has fewer.
-      excluded_ids: ids of tokens that are no candidates, such as control tokens.
+      key: random key of the step's plan; together with prompt and sample it determines the position of a row.
+      candidates: number of positions of a row to draw from; a row with fewer has all its positions as candidates.
+      excluded_ids: ids of tokens that are not candidates, such as control tokens.
 
     Returns:
-      Tokens kept of each row; 0 where there is no candidate.
+      Number of tokens kept of each row; 0 for a row without candidates.
 
     Raises:
       ValueError: for fewer than one candidate.
@@ -177,7 +182,7 @@ def highest_entropy(
 def one_of_highest(
     scores: Float[Array, "B T"], allowed: Bool[Array, "B T"], uniform: Float[Array, "B"], *, candidates: Count
 ) -> Int[Array, "B"]:
-    """The place of one of the highest scores of each row: number floor(u k) of the k best; 0 where none is allowed.
+    """The index of one of the k highest scores of each row, number floor(u k) in falling order; 0 if none is allowed.
 
     >>> entropy, every = jnp.array([[2.0, 0.1, 1.5, 0.2, 0.9, 1.2]]), jnp.arange(6)[None] > 0
     >>> one_of_highest(entropy, every, jnp.array([0.4]), candidates=3).tolist()
@@ -192,7 +197,7 @@ def one_of_highest(
 
 @ranged
 def last_share(length: Int[Array, "B"], *, kept: ShareBelowOne = 0.5) -> Int[Array, "B"]:
-    """The same share of each completion is kept.
+    """The number of tokens in the first share `kept` of each completion.
 
     Raises:
       ValueError: for a share outside of [0, 1).
@@ -207,9 +212,9 @@ def first_departure(
     demonstration_length: Int[Array, "B"],
     correct: Float[Array, "B"],
 ) -> Int[Array, "B"]:
-    """The tokens before a wrong completion first leaves the reference completion; a right one is started anew.
+    """The number of tokens before a wrong completion first differs from the reference completion; 0 for a right one.
 
-    It replaces a reflection that chooses the position of the retry.
+    In R3L the model chooses the position of the retry in a reflection; here the reference determines it.
     """
     width = min(tokens.shape[1], demonstration_tokens.shape[1])
     place = jnp.arange(width)
@@ -219,5 +224,5 @@ def first_departure(
 
 
 def from_the_start(length: Int[Array, "B"]) -> Int[Array, "B"]:
-    """No token is kept: a retry, with the hint if there is one."""
+    """0 for each row: no token is kept, so the branch is a retry, with the hint if there is one."""
     return jnp.zeros_like(length)

@@ -1,4 +1,4 @@
-"""Environments of the synthetic tasks, inside the program and on the built-in tokenizer's ids."""
+"""Environments of the synthetic tasks: JAX functions on token ids of the built-in tokenizer."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ _ENVIRONMENTS = {
 
 
 def task_environment(task: Task, /, **options: Any) -> Environment:
-    """The environment that answers the turns of a task.
+    """The environment of a task.
 
     Args:
-      task: from `jaxrl_llm.data.tasks.task`.
-      **options: of the environment, beside those that follow from the task's own.
+      task: a task from `jaxrl_llm.data.tasks.task`.
+      **options: options of the environment, except those that the options of the task determine.
 
     Raises:
-      ValueError: for a task of one completion, or an unknown option.
+      ValueError: for a task without an environment, or an unknown or invalid option.
     """
     if task.environment is None:
         raise ValueError(

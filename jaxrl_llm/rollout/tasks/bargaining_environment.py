@@ -1,4 +1,4 @@
-"""A partner to bargain with, inside the program (`jaxrl_llm.data.tasks.bargaining` says the same in Python)."""
+"""A bargaining partner as JAX functions; `jaxrl_llm.data.tasks.bargaining` is the same in Python."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ from jaxrl_llm.rollout.environments import Environment, Start, Step
 _TOKENIZER = CharacterTokenizer()
 _ID = _TOKENIZER.id
 _ZERO = _ID("0")
-# Every way to take units, in the order of their digits.
+# All choices of units of each kind, in ascending order of their digits.
 _WAYS = np.array(list(product(range(MOST_UNITS + 1), repeat=MOST_KINDS)), np.int32)
 
 
 class Bargain(NamedTuple):
-    """What is divided, and how far it has come. Kinds that there are not have no units.
+    """The state of an episode: the units to divide, and the offer. Unused kinds have no units.
 
     Attributes:
-      kinds: how many there are.
-      pool: units of each kind.
-      own: worth of a unit to the policy.
-      partner: worth of a unit to the partner.
-      offer: units that the partner would leave to the policy.
-      taken: turns taken.
-      agreed: there is a deal, which is the offer.
+      kinds: number of kinds of units.
+      pool: number of units of each kind.
+      own: value of a unit of each kind to the policy.
+      partner: value of a unit of each kind to the partner.
+      offer: number of units of each kind that the partner offers to the policy.
+      taken: number of turns taken.
+      agreed: whether there is a deal, which is then the offer.
     """
 
     kinds: Int[Array, ""]
@@ -60,26 +60,26 @@ def bargaining_partner(
     max_turns: Count = TURNS,
     max_turn_tokens: Count = MOST_KINDS + 4,
 ) -> Environment:
-    """A partner who agrees to what leaves it enough, and else offers what is nearest to that.
+    """A partner who accepts requests that leave it enough, and else makes the acceptable offer closest to the request.
 
-        r = share of the deal                                            at the deal, else 0
-        r = share of the offer behind the turn - that in front of it     with `progress`; the sum is the same
+        r = share of the deal                                              at the deal, else 0
+        r = share of the offer after the turn - share of that before it    with `progress`; the sum is the same
 
-    where a share is what units are worth to the policy of the whole pool. In turn s (from 0) the partner wants
-    max(80 - 10 s, 50) % of what the pool is worth to it. A turn asks for units, a digit a kind between answer tags, or
-    accepts the offer with `y`; the observation is the offer, nothing at the start. Anything else leaves the offer as it
-    is. Without a deal in `max_turns` turns, or with a turn that ends the sequence, nobody has anything.
+    where a share is the value of units to the policy, divided by that of the whole pool. In turn s (from 0) the partner
+    wants max(80 - 10 s, 50) % of the pool's value to it. A turn requests units, one digit per kind between answer tags,
+    or accepts the offer with `y`. The observation is the offer, which has no units at the start. An invalid turn leaves
+    it unchanged. Without a deal after `max_turns` turns, or after a turn that ends the sequence, rewards sum to 0.
 
     Args:
-      progress: reward each turn for what the offer has become better.
-      counter_duration: time that the partner takes to think of an offer of its own, where a turn takes 1: a deal that
-        is made at once is a quick one. It is what `durations` says, and nothing waits for it.
-      max_turns: turns of an episode at most.
-      max_turn_tokens: tokens of a turn at most.
+      progress: whether each turn is rewarded for the improvement of the offer.
+      counter_duration: additional duration of a turn that the partner answers with its own offer, in units of a turn.
+        It is only reported as `durations`; there is no waiting.
+      max_turns: largest number of turns of an episode.
+      max_turn_tokens: largest number of tokens of a turn.
 
     Returns:
-      The environment. Solved is a deal of at least half of the pool's worth. Its metrics are the share of episodes with
-      a deal, and of both sides' worth in deals.
+      The environment. A deal with at least half of the pool's value to the policy is solved. The metrics are the share
+      of episodes with a deal, and the shares of the value that both sides get in deals.
     """
     ways = jnp.asarray(_WAYS)
 
@@ -150,5 +150,5 @@ def bargaining_partner(
 
 
 def _share(units: Int[Array, "K"], values: Int[Array, "K"], pool: Int[Array, "K"]) -> Array:
-    """What units are worth of the pool."""
+    """The value of units divided by the value of the pool."""
     return jnp.dot(units, values) / jnp.maximum(jnp.dot(pool, values), 1)

@@ -1,4 +1,4 @@
-"""The calculator inside the program (`jaxrl_llm.data.tasks.calculator` says the same in Python), exact in 32 bits."""
+"""The calculator as JAX functions, exact in 32 bits; `jaxrl_llm.data.tasks.calculator` is the same in Python."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from jaxrl_llm.token_codes import mixed_bits
 _TOKENIZER = CharacterTokenizer()
 _ID = _TOKENIZER.id
 _ZERO, _PLUS, _MINUS, _TIMES = (_ID(c) for c in "0+-*")
-# Two signs, two integers, the operator: no call that is longer can be fine.
+# Two signs, two integers and the operator: longer calls are invalid.
 CALL_TOKENS = 2 * (MOST_DIGITS + 1) + 1
 # A sign and ten digits between the observation's tags.
 RESULT_TOKENS = 2 + 1 + len(str(LARGEST_RESULT))
 
 
 class ToolState(NamedTuple):
-    """The tool during one episode.
+    """The state of an episode.
 
     Attributes:
-      item: id of the item, which addresses its faults.
+      item: id of the item, which determines the injected faults.
       answer_tokens: the reference answer, right-padded.
-      answer_length: its tokens.
-      most_calls: calls that the item grants.
-      calls: calls made.
-      errors: times that ERR was returned.
-      faults: times that it was injected.
-      failed: tokens of the call that a fault has just failed, -1 where there is none.
-      right: the answer was right.
+      answer_length: number of its tokens.
+      most_calls: largest number of calls of the item.
+      calls: number of calls so far.
+      errors: number of calls that returned ERR.
+      faults: number of these that were injected.
+      failed: tokens of the previous call if a fault was injected into it, else -1.
+      right: whether the answer was right.
     """
 
     item: Int[Array, ""]
@@ -58,24 +58,25 @@ def calculator_tool(
     spare_calls: Count = SPARE_CALLS,
     max_turn_tokens: Count = 32,
 ) -> Environment:
-    """A tool for one operation on two integers, then an answer.
+    """Calls of a tool that computes one operation on two integers, and then an answer.
 
-    A turn with a closed answer ends the episode. Any other turn is a call: what stands between its last call tag and
-    the next closing one is one of + - * between integers of at most seven digits, each with a minus or none. Anything
-    else, and a result beyond 10^9, returns `ERR`. An item of k operations grants k + `spare_calls` calls; one more, and
-    a turn that ends the sequence without an answer, ends the episode with nothing.
+    A turn with an answer between tags ends the episode. Any other turn is a call: the text between its last opening
+    call tag and the next closing one must be +, - or * between two integers of at most seven digits, each with an
+    optional minus. An invalid call or a result beyond 10^9 returns `ERR`. An item with k operations allows
+    k + `spare_calls` calls. A further call, or a turn that ends the sequence without an answer, ends the episode
+    without a reward for an answer.
 
     Args:
-      most_operations: k of the longest items, for the limit of turns.
-      fault_probability: share of the calls that return ERR although they are fine; the call is served when it is
-        repeated, and an episode has at most two such faults. They depend on the item and the number of the call alone.
-      error_penalty: taken from the reward of a turn that returns ERR, for whatever reason (the paper's scale is 0.05).
-      spare_calls: that an item grants beyond its own operations.
-      max_turn_tokens: tokens of a turn at most.
+      most_operations: largest k, for the limit on turns.
+      fault_probability: probability that a valid call returns ERR. The same call succeeds if it is repeated, and an
+        episode has at most two such faults. They depend only on the item and the number of the call.
+      error_penalty: subtracted from the reward of each turn that returns ERR (the paper's value is 0.05).
+      spare_calls: number of calls beyond the operations of the item.
+      max_turn_tokens: largest number of tokens of a turn.
 
     Returns:
-      The environment; the reward of the answer is 1 where it is right. Its metrics are calls and errors an episode, and
-      the share of right answers.
+      The environment; a right answer has reward 1. The metrics are calls, errors and faults per episode, and the share
+      of right answers.
     """
     threshold = round(fault_probability * 2**24)
 
@@ -146,7 +147,7 @@ def calculator_tool(
 
 
 def call_tokens(turn_tokens: Int[Array, "U"], turn_length: Int[Array, ""]) -> tuple[Int[Array, "C"], Int[Array, ""]]:
-    """What stands between the last call tag and the next closing one, -1 behind it, and how many tokens that are."""
+    """(tokens between the last opening call tag and the next closing one, padded with -1; their number)."""
     first, size, found = _span(turn_tokens, turn_length, _ID("<c>"), _ID("</c>"))
     place = jnp.arange(CALL_TOKENS)
     kept = jnp.take(turn_tokens, first + place, mode="clip")
@@ -155,17 +156,17 @@ def call_tokens(turn_tokens: Int[Array, "U"], turn_length: Int[Array, ""]) -> tu
 
 
 def result(call: Int[Array, "C"], size: Int[Array, ""]) -> tuple[Bool[Array, ""], Int[Array, ""]]:
-    """(whether the call is fine, its exact value; 0 where it is not).
+    """(whether the call is valid, its exact value; 0 for an invalid call).
 
     Args:
-      call: tokens of the call, -1 behind them.
-      size: tokens of the call, which may be more than C.
+      call: tokens of the call, padded with -1.
+      size: number of tokens of the call, which may exceed C.
     """
     place = jnp.arange(CALL_TOKENS)
     digit = (call >= _ZERO) & (call < _ZERO + 10)
     operator = (call == _PLUS) | (call == _MINUS) | (call == _TIMES)
     left_start = (call[0] == _MINUS).astype(jnp.int32)
-    # A first integer has at least one digit, so the operator stands behind it.
+    # The first integer has at least one digit, so the operator comes after it.
     at = jnp.min(jnp.where(operator & (place > left_start), place, CALL_TOKENS))
     symbol = jnp.take(call, at, mode="clip")
     negative_right = jnp.take(call, at + 1, mode="clip") == _MINUS
@@ -181,7 +182,7 @@ def result(call: Int[Array, "C"], size: Int[Array, ""]) -> tuple[Bool[Array, ""]
 
     left_valid, left = integer(left_start, at)
     right_valid, right = integer(right_start, size)
-    # |a b| > limit if and only if |a| > floor(limit / |b|): nothing overflows on the way to know it.
+    # |a b| > limit if and only if |a| > floor(limit / |b|); this check does not overflow.
     fits = (symbol != _TIMES) | (right == 0) | (left <= LARGEST_RESULT // jnp.maximum(right, 1))
     fine = left_valid & right_valid & fits & (size <= CALL_TOKENS)
     left, right = jnp.where(fine, left, 0), jnp.where(fine, right, 0)
@@ -198,7 +199,7 @@ def observation_tokens(served: Bool[Array, ""], value: Int[Array, ""]) -> tuple[
     powers = 10 ** jnp.arange(len(str(LARGEST_RESULT)), dtype=jnp.int32)
     count = jnp.maximum(jnp.sum(size >= powers), 1)
     negative = (value < 0).astype(jnp.int32)
-    # Digit j from the left stands at 1 + negative + j.
+    # Digit j from the left is at index 1 + negative + j.
     exponent = count - 1 - (place - 1 - negative)
     digits = size // jnp.take(powers, jnp.clip(exponent, 0, len(powers) - 1)) % 10 + _ZERO
     number = jnp.where((place == 1) & (negative > 0), _MINUS, digits)
@@ -210,12 +211,12 @@ def observation_tokens(served: Bool[Array, ""], value: Int[Array, ""]) -> tuple[
 
 
 def fault_bits(item: Int[Array, ""], call: Int[Array, ""]) -> Array:
-    """32 bits addressed by the item and the number of the call."""
+    """32 pseudo-random bits, which depend on the item and the number of the call."""
     return mixed_bits(mixed_bits(item.astype(jnp.uint32) + 1) + call.astype(jnp.uint32))
 
 
 def _span(tokens: Array, length: Array, opening: int, closing: int) -> tuple[Array, Array, Array]:
-    """(first place, tokens, whether there is one) of what stands between the last opening tag and the next closing."""
+    """(start, number of tokens, whether it exists) of the span from the last opening tag to the next closing one."""
     place = jnp.arange(tokens.shape[0])
     inside = place < length
     begin = jnp.max(jnp.where(inside & (tokens == opening), place, -1))

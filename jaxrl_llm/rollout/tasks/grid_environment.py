@@ -1,4 +1,4 @@
-"""The grid: one move a turn, answered by what lies around (`jaxrl_llm.data.tasks.grid` says the same in Python)."""
+"""Grid navigation as JAX functions; `jaxrl_llm.data.tasks.grid` is the same in Python."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ _DOWN, _RIGHT = (-1, 1, 0, 0), (0, 0, -1, 1)
 
 
 class GridState(NamedTuple):
-    """Where one stands, and the map.
+    """The state of an episode: the map and the position.
 
     Attributes:
-      wall: cells that block.
-      place: row and column.
-      goal: row and column.
-      distance: fewest moves from each cell to the goal; N * N where there is no way.
-      shortest: distance of the start.
-      turns: turns taken.
-      reached: the goal has been reached.
+      wall: whether each cell is a wall.
+      place: row and column of the position.
+      goal: row and column of the goal.
+      distance: smallest number of moves from each cell to the goal; N * N if the goal cannot be reached.
+      shortest: distance of the start from the goal.
+      turns: number of turns taken.
+      reached: whether the goal has been reached.
     """
 
     wall: Bool[Array, "N N"]
@@ -43,24 +43,24 @@ class GridState(NamedTuple):
 
 @ranged
 def grid_navigation(*, size: int = 5, potential: bool = False, max_turn_tokens: Count = 8) -> Environment:
-    """Reach the goal in a grid, one of U D L R between answer tags a turn, within 4 N turns.
+    """Navigation to a goal within 4 N turns; each turn is one move, U, D, L or R between answer tags.
 
-        r = [goal] + (d(before) - d(after)) / d(start)    (the second term with `potential` alone)
+        r = [goal] + (d(before) - d(after)) / d(start)    (the second term only with `potential`)
 
-    The observation is a flag (`.` moved, `x` blocked or no move, `!` goal) and the cells above, below, left and right.
+    The observation is a flag (`.` moved, `x` blocked or invalid, `!` goal) and the cells above, below, left and right.
     A turn that ends the sequence ends the episode.
 
     Args:
-      size: rows and columns N.
-      potential: add the progress, as shaping by the potential -distance / d(start), to the reward of the goal.
-      max_turn_tokens: tokens of a turn at most.
+      size: N, number of rows and of columns.
+      potential: whether progress is rewarded, as potential-based shaping with the potential -distance / d(start).
+      max_turn_tokens: largest number of tokens of a turn.
 
     Returns:
-      The environment. Reference answers are grids, rows joined by `/`. Its metrics are the share of episodes that reach
-      the goal, and their optimality d(start) / turns.
+      The environment. Reference answers must be grids with rows joined by `/`. The metrics are the share of episodes
+      that reach the goal, and their optimality d(start) / turns.
     """
     if size < 2:
-        raise ValueError(f"size is {size}; a grid with a start and a goal has at least 2 rows")
+        raise ValueError(f"size is {size}; a grid needs at least 2 rows")
     wide = size * (size + 1) - 1
 
     def reset(start: Start, key: Array) -> GridState:
@@ -135,7 +135,7 @@ def _where(here: Bool[Array, "N N"]) -> Int[Array, "2"]:
 
 
 def _blocked(wall: Bool[Array, "N N"], cell: Int[Array, "2"]) -> Bool[Array, ""]:
-    """Whether a cell is a wall; outside is one."""
+    """Whether a cell is a wall or outside of the grid."""
     size = wall.shape[0]
     inside = jnp.all((cell >= 0) & (cell < size))
     at = jnp.clip(cell, 0, size - 1)

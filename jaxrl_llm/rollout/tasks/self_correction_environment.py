@@ -1,4 +1,4 @@
-"""Two attempts at a problem, with the same request to revise in between, whatever the first was."""
+"""Two attempts at a problem; between them, every first attempt is answered with the same request to revise it."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _TOKENIZER = CharacterTokenizer()
 
 
 class Attempts(NamedTuple):
-    """What is known of the two attempts.
+    """The state of an episode.
 
     Attributes:
       answer_tokens: the reference answer, right-padded.
-      answer_length: its tokens.
-      taken: attempts made.
-      right: 1 for each attempt that was right.
+      answer_length: number of its tokens.
+      taken: number of attempts so far.
+      right: 1 for each right attempt.
     """
 
     answer_tokens: Int[Array, "A"]
@@ -34,15 +34,15 @@ class Attempts(NamedTuple):
 
 @ranged
 def two_attempts(*, max_turn_tokens: Count = 64) -> Environment:
-    """A first attempt, `<r>` and newline, a second attempt. The rewards of the two turns are the verdicts on them.
+    """A first attempt, the observation `<r>` and newline, and a second attempt; a right attempt has reward 1, else 0.
 
-    Whatever ends the first turn (`<n>`, end of sequence, the limit), the second follows.
+    The second turn follows however the first one ended (`<n>`, end of sequence, or the limit on tokens).
 
     Args:
-      max_turn_tokens: tokens of an attempt at most.
+      max_turn_tokens: largest number of tokens of an attempt.
 
     Returns:
-      The environment. Its metrics are `first_right` and `second_right`, the gain `delta`, and the shares of episodes
+      The environment. The metrics are `first_right` and `second_right`, the gain `delta`, and the shares of episodes
       that go from wrong to right (`wrong_to_right`) and from right to wrong (`right_to_wrong`).
     """
     request = jnp.asarray(_TOKENIZER.encode(REVISE), jnp.int32)
@@ -62,7 +62,7 @@ def two_attempts(*, max_turn_tokens: Count = 64) -> Environment:
 
     def metrics(state: Attempts) -> dict[str, tuple[Array, Array]]:
         first, second = state.right
-        # An episode without a second attempt corrected nothing and broke nothing.
+        # An episode without a second attempt is not counted in the comparisons of both.
         both = (state.taken >= 2).astype(jnp.float32)
         return {
             "first_right": (first, (state.taken >= 1).astype(jnp.float32)),

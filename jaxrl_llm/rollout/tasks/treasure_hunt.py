@@ -1,4 +1,4 @@
-"""A small text world: rooms in a row, a key in one of them, a chest in another. It is played by commands."""
+"""A small text game: rooms in a row, with a key in one of them and a chest in another."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ COMMANDS = ("go east", "go west", "take key", "open chest")
 
 
 class TreasureHunt:
-    """A game with the interface of TextWorld: `reset` and `step`; 0.5 for the key, 1 for the opened chest.
+    """A game with the interface of TextWorld: `reset` and `step`. The score is 0.5 with the key, 1 with the open chest.
 
-    The name of a game is its seed and size, such as "12:4": four rooms.
+    The name of a game is its seed and number of rooms: "12:4" has the seed 12 and four rooms.
 
     >>> game = TreasureHunt("3:3")
     >>> game.reset()[0]
@@ -25,14 +25,14 @@ class TreasureHunt:
     def __init__(self, game: str):
         seed, _, size = game.partition(":")
         if not (seed.isdigit() and size.isdigit() and 2 <= int(size) <= len(ROOMS)):
-            raise ValueError(f"{game!r} is no treasure hunt; a name is SEED:ROOMS with 2 to {len(ROOMS)} rooms")
+            raise ValueError(f"{game!r} is not a treasure hunt; a name is SEED:ROOMS with 2 to {len(ROOMS)} rooms")
         rng = random.Random(int(seed))
         self.rooms = rng.sample(ROOMS, int(size))
         self.key, self.chest = rng.sample(range(len(self.rooms)), 2)
         self.first = rng.randrange(len(self.rooms))
 
     def reset(self) -> tuple[str, dict[str, bool]]:
-        """The first observation."""
+        """(first observation, infos)."""
         self.here, self.score = self.first, 0.0
         count = len(self.rooms)
         told = f"the chest is in room {self.chest + 1}. the key is in room {self.key + 1}."
@@ -52,7 +52,7 @@ class TreasureHunt:
         return text, self.score, self.score == 1.0, {"won": self.score == 1.0}
 
     def solution(self) -> list[str]:
-        """The shortest list of commands that wins."""
+        """The shortest list of commands that opens the chest."""
         walk = lambda start, end: [COMMANDS[0] if end > start else COMMANDS[1]] * abs(end - start)  # noqa: E731
         return [*walk(self.first, self.key), COMMANDS[2], *walk(self.key, self.chest), COMMANDS[3]]
 

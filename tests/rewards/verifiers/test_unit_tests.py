@@ -121,7 +121,7 @@ def test_what_cannot_be_is_refused(monkeypatch):
     with pytest.raises(ValueError, match="are 'x', which is not JSON"):
         unit_tests(["x"], [{"test_cases": "x"}])
     monkeypatch.setattr(programs, "facilities", lambda: frozenset({"landlock"}))
-    with pytest.raises(ValueError, match=r"nothing keeps it from the network, other processes\. .* allow_unisolated"):
+    with pytest.raises(ValueError, match=r"no protection of the network, other processes\. .* allow_unisolated"):
         unit_tests([block(DOUBLES)], [{"test_cases": CASES}])
 
 
