@@ -422,7 +422,7 @@ def test_a_reward_that_exits_ends_the_run_with_its_state_saved(micro_yaml, tmp_p
     words = [word.replace(", OPTIONS", "") for word in ending("sys.exit(0)")]
     said = refused(capsys, "train", str(micro_yaml), *words, status=1)
     assert "reward 'ending' raised FunctionEnded: SystemExit(0) on the batch as a whole" in said
-    assert f"its traceback and output are in {tmp_path / 'run' / 'host' / 'ending.log'}" in said
+    assert f"its traceback and output are in {tmp_path / 'run' / 'logs' / 'ending.log'}" in said
     assert "The state before step 3 is saved: repair the function and run jaxrl train --resume" in said
     assert checkpoints.latest_step(tmp_path / "run" / "checkpoints") == 2
     assert cli.main(["train", "--resume", str(tmp_path / "run")]) == 0
