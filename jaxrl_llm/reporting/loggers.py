@@ -103,7 +103,10 @@ class WeightsAndBiases:
         self._package.log(dict(numbers), step=step)
 
     def samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
-        flat = [sample | {f"reward/{n}": value for n, value in sample.get("rewards", {}).items()} for sample in samples]
+        flat = [
+            dict(sample) | {f"reward/{n}": value for n, value in sample.get("rewards", {}).items()}
+            for sample in samples
+        ]
         columns = [name for name in flat[0] if name not in ("tokens", "rewards")] if flat else []
         rows = [[sample.get(name) for name in columns] for sample in flat]
         if self._package.__name__ == "wandb" and rows:
