@@ -144,7 +144,7 @@ def test_the_packages_themselves_work_offline(tmp_path, monkeypatch, name, optio
     for resume_step in (None, 1):
         with opened(tmp_path / "run", (name, given), warn=said.append, resume_step=resume_step) as run:
             run.write_metrics(1 if resume_step is None else 2, {"pass@1": 0.5 + 0.015625 * bool(resume_step)})
-            run.write_samples(1, [{"prompt": "p", "reward": 1.0}])
+            run.write_samples(1, [{"prompt": "p", "reward": 1.0, "rewards": {"exact": 1.0}, "tokens": {"text": ["p"]}}])
     assert said == []
     until = time.monotonic() + 30  # a process of wandb's own may still be writing
     while not all(part in kept(tmp_path) for part in (b"pass@1", b"0.5", b"0.515625")):
