@@ -201,15 +201,15 @@ def trace(parts: Parts) -> Experience:
     Raises:
       ValueError: from the part of the step that refuses its input.
     """
-    return _traced(parts)[-1]
+    return step_shapes(parts)[-1]
 
 
 def metric_names(parts: Parts) -> set[str]:
     """Names of the metrics that every step of a run writes to metrics.jsonl."""
-    return {*_traced(parts)[1], "learning_rate", "seconds", "tokens_per_second"}
+    return {*step_shapes(parts)[1], "learning_rate", "seconds", "tokens_per_second"}
 
 
-def _traced(parts: Parts) -> Any:
+def step_shapes(parts: Parts) -> tuple[TrainState, dict[str, Any], Experience]:
     """(state, metrics, rows) after one step, as shapes."""
     state, work = abstract_inputs(parts)
     (*_, (program, before)) = shapes(parts.step.segments, state, work)

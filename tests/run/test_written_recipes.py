@@ -429,7 +429,8 @@ def test_a_critic_is_paid_for_verdicts_and_for_what_its_critiques_are_good_for(n
     networks = {network: replace(one, learning_rate=0.01) for network, one in config.networks.items()}
     seen = whole_run(replace(config, networks=networks), tmp_path / "run")
     forms, *paid = (seen[stage["name"]] for stage in config.stages)
-    assert all(forms[-1][loss] < 0.7 * forms[0][loss] for loss in forms[0] if loss.startswith("loss/"))
+    learned = [loss for loss in forms[0] if loss.startswith("loss/") and loss != "loss/kl_estimate"]
+    assert all(forms[-1][loss] < 0.7 * forms[0][loss] for loss in learned)
     for step in (step for stage in paid for step in stage):
         assert step["gradient_norm"] > 0
         assert 0 < step["metric/refined"] < 1
