@@ -656,4 +656,4 @@ def test_a_recipe_that_cannot_be_composed_is_refused(name, override, message, mi
 )
 def test_what_only_the_arrays_of_a_step_can_tell_is_refused_before_anything_is_computed(name, override, message, micro):
     with pytest.raises(ValueError, match=message):
-        trace(parts(micro(name, override)))
+        step_shapes(parts(micro(name, override)))
