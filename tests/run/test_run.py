@@ -132,7 +132,7 @@ def test_every_second_is_counted_once(finished_run):
     stages = {"set-up", "warm start", "evaluation before", "reinforcement", "evaluation during"}
     assert seconds.keys() == stages | {"evaluation after"}
     assert sum(seconds.values()) == pytest.approx(total)
-    of_steps = sum(line["seconds"] for line in records(finished_run.directory))
+    of_steps = sum(line["seconds"] for line in read_records(finished_run.directory / "metrics.jsonl"))
     assert of_steps < total < finished_run.seconds
 
 
