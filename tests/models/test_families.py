@@ -77,7 +77,7 @@ def test_logits_and_every_hidden_state_equal_those_of_transformers(checkpoint, b
     states = seen["hidden_states"]
     assert states.shape == (model.config.layers + 1, *hidden.shape)
     # A recurrent state accumulates more rounding than attention.
-    bound = 2e-5 if model.config.delta is None else 5e-5
+    bound = 3e-5 if model.config.delta is None else 5e-5
     assert relative_error(model.logits(params, hidden)[batch.mask], theirs.logits.numpy()[batch.mask]) < bound
     # The last state of transformers is after the final norm, like our `hidden`.
     for ours, state in zip([*states[:-1], hidden], theirs.hidden_states, strict=True):
