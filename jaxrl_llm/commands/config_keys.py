@@ -6,9 +6,8 @@ import contextlib
 from collections.abc import Iterable
 from typing import Any
 
-import yaml
-
 from jaxrl_llm.shipped import kept, unknown_key
+from jaxrl_llm.yaml_text import yaml_values
 
 
 def refuse_unknown_keys(overrides: Iterable[str]) -> None:
@@ -16,16 +15,17 @@ def refuse_unknown_keys(overrides: Iterable[str]) -> None:
 
     Keys within lists and functions, and values that YAML cannot read, are left to `config.load_config`.
     """
-    for override in overrides:
+    given = list(overrides)
+    tree = kept("config keys", _config_keys) if given else {}
+    for override in given:
         path, _, text = override.partition("=")
-        names, prefix = path.split("."), ""
-        known: Any = kept("config keys", _config_keys)
+        names, prefix, known = path.split("."), "", tree
         while names and known is not None:
             key = names.pop(0)
             if key not in known:
                 value: Any = text
-                with contextlib.suppress(ValueError, yaml.YAMLError):
-                    value = yaml.safe_load(text)
+                with contextlib.suppress(ValueError):
+                    value = yaml_values(text, override)
                 for name in reversed(names):
                     value = {name: value}
                 raise ValueError(unknown_key(prefix, key, value, known))

@@ -288,8 +288,7 @@ def _known_keys(tree: Any, kind: Any, prefix: str) -> None:
     for key, value in tree.items():
         if key not in known:
             raise ConfigError(unknown_key(prefix, key, value, known))
-        kinds = () if get_origin(hints[key]) is dict else (hints[key], *get_args(hints[key]))
-        section = next((t for t in kinds if is_dataclass(t)), None)
+        section = next(iter(_sections(hints[key])), None)
         if prefix == "" and key == "model" and isinstance(value, dict):
             section = MODEL_KINDS[model_kind(value)]
         if section is not None and value is not None:
@@ -300,11 +299,16 @@ def _known_keys(tree: Any, kind: Any, prefix: str) -> None:
                 _known_keys(inner or {}, named[0], f"{prefix}{key}.{name}.")
 
 
+def _sections(hint: Any) -> list[Any]:
+    """The sections that a key of this type may have as its value."""
+    return [] if get_origin(hint) is dict else [t for t in (hint, *get_args(hint)) if is_dataclass(t)]
+
+
 def key_tree(kind: Any = Config) -> dict[str, Any]:
     """The keys of a config and of its sections; None for a key whose value is no section, or one of several kinds."""
     found: dict[str, Any] = {}
     for name, hint in get_type_hints(kind).items():
-        sections = () if get_origin(hint) is dict else [t for t in (hint, *get_args(hint)) if is_dataclass(t)]
+        sections = _sections(hint)
         found[name] = key_tree(sections[0]) if len(sections) == 1 and name != "model" else None
     return found
 

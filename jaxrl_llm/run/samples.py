@@ -29,8 +29,8 @@ def write_samples(
     if not due and not (reporting.samples_every_steps and first and jax.process_count() > 1):
         return
     chosen = spread(rows.tokens.shape[0], reporting.samples_per_report)
-    names = ("tokens", "length", "group", "prompt_id", "truncated", *TOKEN_FACTS)
-    names += ("rewards", "correct", "reward_components")
+    of_rewards = ("rewards", "correct", "reward_components")
+    names = ("tokens", "length", "group", "prompt_id", "truncated", *of_rewards, *TOKEN_FACTS)
     held = {name: value[chosen] for name, value in hosts.host_copy({n: rows[n] for n in names if n in rows}).items()}
     if not due:
         return

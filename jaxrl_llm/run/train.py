@@ -218,7 +218,9 @@ def _batches(stages: Sequence[Stage], sets: Mapping[str, Any]) -> tuple[dict[str
                 prompts[stage.name] = prompt_batches(stage.parts, sets[stage.name]["train"])
             rows[stage.name] = written_of(stage.parts, sets[stage.name])
         except ValueError as error:
-            raise ValueError(f"{stage.name}: {error}" if len(stages) > 1 else str(error)) from None
+            if len(stages) == 1:
+                raise
+            raise ValueError(f"{stage.name}: {error}") from None
     return prompts, rows
 
 
