@@ -33,17 +33,18 @@ from jaxrl_llm import shipped
 from jaxrl_llm.compilation_cache import compilation_cache_directory
 from jaxrl_llm.config import parse_config, read_tree
 from jaxrl_llm.data import CharacterTokenizer
-from jaxrl_llm.evaluation.suites import Evaluation
-from jaxrl_llm.run.evaluated import evaluated, prepared
 from jaxrl_llm.run.train import train
+
+sys.path.insert(0, str(Path(__file__).parent))
+import curve_files
 
 CURVES = Path(__file__).parents[1] / "docs" / "curves"
 STEPS, SEQUENCES, BINS, SEEDS = 60, 256, 20, 3
 
 MODEL = {"width": 64, "layers": 2, "heads": 4, "kv_heads": 2}
 WARM = {"steps": 600, "sequences_per_step": 64, "learning_rate": 3e-3, "warmup_steps": 20, "probe_every_steps": 20}
-# By task: its problems, the longest prompt, limits of completions and what they become (a limit that cuts long thoughts
-# has to cut some of these), and where the warm start ends.
+# By task: its problems and the longest prompt if they differ from those of the recipe, limits of completions and what
+# they become (a limit that cuts long thoughts has to cut some of these), and where the warm start ends.
 SMALL: dict[str, dict[str, Any]] = {
     "addition": {"task": {"levels": [2]}, "prompt": 9, "stop": 0.42},
     "calculator": {"task": {"levels": [1, 2]}, "prompt": 15, "stop": 0.4},
@@ -52,10 +53,14 @@ SMALL: dict[str, dict[str, Any]] = {
     "grid": {"task": {"levels": [1, 2, 3]}, "prompt": 30, "stop": 0.4},
     "bargaining": {"task": {"levels": [2, 3]}, "prompt": 11, "stop": 0.4},
     "self_correction": {"task": {"levels": [2]}, "prompt": 9, "stop": 0.3},
+    "composition": {"stop": 0.4},
+    "sorting": {"stop": 0.4},
+    "two_chains": {"stop": 0.4},
+    "function_calls": {"stop": 0.4},
 }
 EVALUATION = {"problems": 64, "samples_per_problem": 8, "k": [1, 8], "sequences_per_batch": 512}
-# The teacher of a student, and judged completions: accuracy of the one, problems and samples of each for the others.
-TEACHER_STOP, JUDGED_PROBLEMS, JUDGED_SAMPLES = 0.8, 1000, 8
+# Accuracies at which the warm start of a teacher ends, and of the weaker one of two.
+TEACHER_STOP, ELDER_STOP = 0.8, 0.7
 # Metrics that are plotted beside those that a recipe names.
 ALWAYS = ("correct_share",)
 
@@ -73,10 +78,13 @@ def small(tree: dict[str, Any], steps: int = STEPS, sequences: int = SEQUENCES) 
         raise ValueError(f"SMALL has no size for problems of {tree['task']['name']}; add one")
     rollout, training, size = tree["rollout"], tree["training"], SMALL[tree["task"]["name"]]
     own_levels = tree["task"]["levels"] if len(tree["task"]["levels"]) > 1 and "completion" not in size else None
-    tree["task"] |= {"train_items": 4000, "validation_items": 64, "test_items": 64} | size["task"]
+    tree["task"] |= {"train_items": 4000, "validation_items": 64, "test_items": 64} | size.get("task", {})
+    formatted = any(
+        part.get("data", {}).keys() & {"templates", "privileged"} for part in (tree, *tree.get("stages", []))
+    )
     if tree["task"]["name"] == "addition" and own_levels:  # recipes whose effect needs several levels
         tree["task"]["levels"] = own_levels
-    elif not tree.get("data", {}).get("templates"):
+    elif "prompt" in size and not formatted:
         asked = tree["task"].get("options", {}).keys() & {"claims", "attempts"}  # a question behind the problem
         rollout["max_prompt_tokens"] = size["prompt"] + 4 * len(asked)
     for part in (rollout, *(stage["rollout"] for stage in tree.get("stages", []) if "rollout" in stage)):
@@ -126,46 +134,37 @@ def warm_started(tree: dict[str, Any], cache: Path) -> dict[str, Any]:
 
 
 def supplied(tree: dict[str, Any], start: dict[str, Any], cache: Path) -> dict[str, Any]:
-    """The recipe with the files and the teacher that its user has to supply."""
-    teacher = tree.get("networks", {}).get("teacher", {})
-    if teacher.get("path") == "teacher":
-        warm = tree["warm_start"] | {"stop_at_accuracy": TEACHER_STOP, "steps": 3000}
-        made = warm_started(tree | {"warm_start": warm, "networks": {}}, cache)
-        found = teacher | {"path": made["init_from"]["path"]}
-        start = start | {"networks": tree["networks"] | {"teacher": found}}
+    """The recipe with the files and networks that its user has to supply."""
     start = json.loads(json.dumps(start))
+    policies = {
+        name: str(run)
+        for name, network in tree.get("networks", {}).items()
+        if (run := policy_of(network.get("path", ""), tree, cache))
+    }
+    for name, run in policies.items():
+        start["networks"][name]["path"] = run
+    if "base" in policies:  # the policy before its training is a network of the recipe
+        start["init_from"] = {"path": policies["base"]}
     for part in (start, *start.get("stages", [])):
         sources = part.get("source")
-        for kind, entry in sources.items() if isinstance(sources, dict) else ():
-            if kind in ("pairs", "labels", "ratings"):
-                entry["file"] = str(judged(Path(start["init_from"]["path"]), kind))
+        for source in sources if isinstance(sources, list) else [sources]:
+            for kind, entry in source.items() if isinstance(source, dict) else ():
+                if kind in curve_files.KINDS:
+                    graded = kind == "pairs" and "margin_use" in json.dumps(tree["losses"])
+                    run = policy_of("teacher" if kind == "distributions" else "base", tree, cache)
+                    entry["file"] = str(curve_files.written(run, "graded_pairs" if graded else kind))
     return start
 
 
-def judged(run: Path, kind: str) -> Path:
-    """A file of completions that a run's policy has sampled: the first right and wrong one of a problem."""
-    file = run / f"{kind}.jsonl"
-    if file.exists():
-        return file
-    one = Evaluation(split="train", problems=JUDGED_PROBLEMS, samples=JUDGED_SAMPLES, k=(1,))
-    subject = evaluated(str(run))
-    ready = prepared(one, subject)
-    records = [each for batch in ready.records(subject.policy.params, ready.items, jax.random.key(0)) for each in batch]
-    lines, end = [], subject.policy.tokenizer.decode(list(subject.policy.tokenizer.eos_ids))
-    for record in records:
-        whole = [each for each in record["samples"] if not each["truncated"]]
-        first = {each["correct"]: each["completion"].removesuffix(end) for each in reversed(whole)}
-        if len(first) == 2:
-            prompt, of_both = {"prompt": record["prompt"]}, [(first[True], 1.0), (first[False], 0.0)]
-            lines += {
-                "pairs": [prompt | {"chosen": first[True], "rejected": first[False]}],
-                "labels": [prompt | {"completion": text, "label": bool(right)} for text, right in of_both],
-                "ratings": [prompt | {"completion": text, "rating": right} for text, right in of_both],
-            }[kind]
-    made = file.with_name(f"{file.name}.{os.getpid()}")
-    made.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    made.rename(file)
-    return file
+def policy_of(path: str, tree: dict[str, Any], cache: Path) -> Path | None:
+    """The run of a policy that a recipe names: a teacher, one that is weaker, or the warm-started policy itself."""
+    size = SMALL[tree["task"]["name"]]
+    stops = {"teacher": TEACHER_STOP, "elder": ELDER_STOP, "base": size["stop"]}
+    if path not in stops:
+        return None
+    warm = WARM | {"stop_at_accuracy": stops[path]} | ({} if path == "base" else {"steps": 3000})
+    made = warm_started(tree | {"warm_start": warm, "networks": {}}, cache)
+    return Path(made["init_from"]["path"])
 
 
 def ran(tree: dict[str, Any], directory: Path) -> None:

@@ -15,7 +15,7 @@ from jaxrl_llm.commands.tables import show_report
 from jaxrl_llm.compilation_cache import enable_compilation_cache
 from jaxrl_llm.config import Config
 from jaxrl_llm.data.json_files import json_objects
-from jaxrl_llm.evaluation import make_score
+from jaxrl_llm.evaluation import make_most_likely, make_score
 from jaxrl_llm.models import (
     attention_path,
     load_model,
@@ -58,9 +58,10 @@ def show_score(options: argparse.Namespace) -> None:
     require_positive(options, "batch")
     require_range(Positive, options.temperature, "--temperature")
     enable_compilation_cache()
-    lines = score_file(
-        options.path, options.file, temperature=options.temperature, batch=options.batch, dtype=options.dtype
-    )
+    if options.top is not None:
+        require_positive(options, "top")
+    numbers = {name: getattr(options, name) for name in ("temperature", "batch", "dtype", "top")}
+    lines = score_file(options.path, options.file, **numbers)
     for line in lines:
         print(json.dumps(line))
 
@@ -171,20 +172,35 @@ def _with_card(config: Config, source: Path, out: str, *, scores: bool = False) 
     return ["README.md"]
 
 
-def score_file(path: str, file: str, *, temperature: float, batch: int, dtype: str | None) -> list[dict[str, Any]]:
+def score_file(
+    path: str, file: str, *, temperature: float, batch: int, dtype: str | None, top: int | None = None
+) -> list[dict[str, Any]]:
     """Log-probabilities of the texts or token ids of a file, one entry per line, in order.
 
     A line holds `tokens` (after `prompt_tokens`; without these the first token is not scored), or `completion` with
     `prompt`, or `text`. A prompt and its completion are encoded as in training: with the run's prompt format, and end
     of sequence after the completion.
 
+    With `top`, a line has the texts and that many most likely tokens at each position of the completion, which is what
+    the source `distributions` reads.
+
     Raises:
-      ValueError: for a line with none of these, naming the line.
+      ValueError: for a line with none of these, or with ids where `top` needs texts, naming the line.
     """
     policy = restored_policy(path, dtype=dtype)
     lines = json_objects(Path(file), "--file")
     texts = [_tokens(policy.tokenizer, line, where) for where, line in lines]
     policy = policy.for_context(max((len(prompt) + len(completion) for prompt, completion in texts), default=0))
+    if top is not None:
+        for where, line in lines:
+            if "completion" not in line or "tokens" in line:
+                raise ValueError(f"{where} has no completion; --top needs prompt and completion, as texts")
+        likely = make_most_likely(policy.model, top, temperature=temperature, sequences_per_batch=batch)
+        return [
+            {"prompt": line["prompt"], "completion": line["completion"]}
+            | {"top_tokens": found.tokens, "top_logprobs": found.logprobs}
+            for (_, line), found in zip(lines, likely(policy.params, texts), strict=True)
+        ]
     logprobs = make_score(policy.model, temperature=temperature, sequences_per_batch=batch)(policy.params, texts)
     return [
         {"tokens": list(completion), "logprobs": values, "total": sum(values), "prompt_tokens": list(prompt)}

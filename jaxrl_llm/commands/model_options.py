@@ -21,6 +21,9 @@ def add_model_files(command: Callable[..., argparse.ArgumentParser]) -> None:
     score.add_argument("--temperature", type=float, default=1.0, help="temperature of the softmax (default 1)")
     score.add_argument("--batch", type=int, default=8, help="sequences scored together")
     score.add_argument(
+        "--top", type=int, metavar="K", help="print the K most likely tokens at each position, as source.distributions"
+    )
+    score.add_argument(
         "--dtype", choices=["float32", "bfloat16"], help="dtype for a model directory (default: as stored)"
     )
 

@@ -33,7 +33,7 @@ from jaxrl_llm.evaluation.reliability import (
     expected_calibration_error,
     reliability_curve,
 )
-from jaxrl_llm.evaluation.teacher_forced import make_score
+from jaxrl_llm.evaluation.teacher_forced import MostLikely, make_most_likely, make_score
 from jaxrl_llm.evaluation.voting import agreement, consensus, majority_at_k, mean_majority_at_k, weighted_vote
 
 __all__ = [
@@ -41,6 +41,7 @@ __all__ = [
     "Grade",
     "Grader",
     "GraderError",
+    "MostLikely",
     "accuracy_at_coverage",
     "agreement",
     "answer_entropy",
@@ -59,6 +60,7 @@ __all__ = [
     "hypervolume_factor",
     "majority_at_k",
     "make_evaluate",
+    "make_most_likely",
     "make_records",
     "make_score",
     "mean_intervals",
