@@ -81,6 +81,9 @@ unit, and also draws your own metrics (`metric/NAME` in `credit`, or metrics of 
 Parts in `<...>` depend on the run. *Sampled rows* are all rows of a step before credit, including those that credit
 leaves out; *trained tokens* are those whose mask is 1; *tokens of the loss* are those whose mask is 1 in this loss.
 Besides these numbers, each line has `step`, counted over all stages, and `stage`.
+
+A number that is not defined in a step, such as the mean of a reward that applies to no row of it, is absent from its
+line (*Absent if ...* in the tables), and its curve has no point there. Any other number that is not finite is an error.
 """
 FORMATS_INTRODUCTION = """\
 # File formats
@@ -170,10 +173,15 @@ def metrics_page() -> str:
     """The whole of docs/metrics.md."""
     parts = [METRICS_INTRODUCTION.strip()]
     for panel in metric_table.PANELS:
-        rows = [[f"`{m.name}`", _text(m.meaning), m.unit, m.over] for m in panel.metrics]
+        rows = [[f"`{m.name}`", _metric_text(m), m.unit, m.over] for m in panel.metrics]
         table = markdown_table(["name", "meaning", "unit", "averages over"], rows)
         parts.append(f"## {panel.title}\n\n{escaped(panel.text)}\n\n{table}")
     return "\n\n".join(parts) + "\n"
+
+
+def _metric_text(metric: metric_table.Metric) -> str:
+    """The meaning of a metric, and when it is absent."""
+    return _text(f"{metric.meaning} Absent if {metric.absent}." if metric.absent else metric.meaning)
 
 
 def _text(meaning: str) -> str:

@@ -26,7 +26,7 @@ class Alarms:
       last: each metric in its last `WINDOW` steps.
       probes: (mean reward, pass@1 on the validation split) at each evaluation.
       peak: the highest mean of `correct_share` over `WINDOW` steps, with the mean reward of the same steps.
-      still: number of consecutive steps in which each reward was the same for all completions.
+      still: number of consecutive steps in which each reward was the same for all completions, or applied to none.
       ringing: names of printed alarms whose condition still holds.
     """
 
@@ -46,8 +46,9 @@ class Alarms:
             window.append(value)
             if len(window) == WINDOW and name not in self.first:
                 self.first[name] = sum(window) / WINDOW
-            if name.startswith("reward/") and name.endswith("_std"):
-                self.still[name] = self.still.get(name, 0) + 1 if value == 0 else 0
+        for name in _rewards_in(metrics):
+            gives_signal = metrics.get(f"reward/{name}_applies", 1) > 0 and metrics.get(f"reward/{name}_std", 1) > 0
+            self.still[name] = 0 if gives_signal else self.still.get(name, 0) + 1
         held = self.now("correct_share")
         if held is not None and (self.peak is None or held > self.peak[0]):
             self.peak = held, self.now("reward") or 0.0
@@ -65,6 +66,12 @@ class Alarms:
         return sum(window) / WINDOW if len(window) == WINDOW else None
 
 
+def _rewards_in(metrics: Mapping[str, float]) -> dict[str, None]:
+    """Names of the rewards whose spread or applicability is among the metrics."""
+    own = (name.removeprefix("reward/") for name in metrics if name.startswith("reward/"))
+    return dict.fromkeys(name.rpartition("_")[0] for name in own if name.endswith(("_std", "_applies")))
+
+
 def _divergence(seen: Alarms) -> str | None:
     now = seen.now("kl_reference_per_token")
     if now is None or now < 0.5:
@@ -80,12 +87,23 @@ def _entropy(seen: Alarms) -> str | None:
 
 
 def _length(seen: Alarms) -> str | None:
-    now, then, cut = seen.now("completion_tokens"), seen.first.get("completion_tokens"), seen.now("truncated_share")
-    if cut is not None and cut > 0.5:
-        return f"{cut:.0%} of the completions are truncated at max_completion_tokens"
+    now, then = seen.now("completion_tokens"), seen.first.get("completion_tokens")
     if now is None or not then or now < 3 * then:
         return None
     return f"completions have grown from {then:.0f} to {now:.0f} tokens"
+
+
+def _cut(seen: Alarms) -> str | None:
+    """Names the limits: of an episode there are two, of which `truncated_share` is the sum."""
+    cut, turns = seen.now("truncated_share"), seen.now("episode/stopped_by_turn_limit")
+    if cut is None or cut <= 0.5:
+        return None
+    if turns is None:
+        return f"{cut:.0%} of the completions are truncated at max_completion_tokens"
+    tokens = seen.now("episode/stopped_by_token_limit") or 0.0
+    limits = {"the environment's limit on turns": turns, "max_completion_tokens": tokens}
+    said = " and ".join(f"{share:.0%} at {limit}" for limit, share in limits.items() if round(share, 2))
+    return f"most episodes are cut off before they are over: {said}"
 
 
 def _gap(seen: Alarms) -> str | None:
@@ -106,8 +124,10 @@ def _silent(seen: Alarms) -> str | None:
     names = [name for name, steps in seen.still.items() if steps >= CONSTANT_STEPS]
     if not names:
         return None
-    said = ", ".join(name.removeprefix("reward/").removesuffix("_std") for name in names)
-    return f"a reward has been the same for every completion of {CONSTANT_STEPS} steps: {said}; it gives no signal"
+    return (
+        f"a reward has been the same for every completion of {CONSTANT_STEPS} steps, or applied to none: "
+        f"{', '.join(names)}; it gives no signal"
+    )
 
 
 def _verifier(seen: Alarms) -> str | None:
@@ -155,6 +175,7 @@ ALARMS: dict[str, Callable[[Alarms], str | None]] = {
     "divergence": _divergence,
     "entropy": _entropy,
     "length": _length,
+    "cut completions": _cut,
     "log-probability gap": _gap,
     "constant reward": _constant,
     "silent reward": _silent,

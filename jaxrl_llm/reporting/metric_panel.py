@@ -9,6 +9,8 @@ ROWS, TOKENS, GROUPS = "sampled rows", "trained tokens of sampled rows", "sample
 UPDATES, OF_STEP, DRAWN = "updates of the step", "one value per step", "rows that the plan has sampled"
 EPISODES, WITHIN = "episodes with a value", "rows with both values, minus the means of their groups"
 OF_SOURCE, COUNTED, LARGEST = "sampled rows of the source", "tokens of the loss", "maximum over all tokens"
+# Conditions under which a metric is not defined.
+NO_ROW, NO_EPISODE = "the reward applies to no row of the step", "no episode of the step has a value"
 
 
 class Metric(NamedTuple):
@@ -19,12 +21,17 @@ class Metric(NamedTuple):
       unit: unit of the value; "" if it has none.
       over: what the value is averaged over.
       meaning: a short description.
+      absent: condition under which the value is not defined. A step returns NaN for it, and the run leaves it out of
+        the step's record; NaN of any other metric is an error.
+      exact: whether the value is set or counted and not a noisy measurement, so that its curve is not smoothed.
     """
 
     name: str
     unit: str
     over: str
     meaning: str
+    absent: str = ""
+    exact: bool = False
 
     @property
     def pattern(self) -> str:

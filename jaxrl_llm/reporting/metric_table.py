@@ -7,7 +7,8 @@ generated from this table, and tests check that it has every metric that a run w
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 
 from jaxrl_llm.reporting import metrics_of_samples
 from jaxrl_llm.reporting.metric_panel import (
@@ -15,6 +16,7 @@ from jaxrl_llm.reporting.metric_panel import (
     DRAWN,
     EPISODES,
     LARGEST,
+    NO_EPISODE,
     OF_STEP,
     ROWS,
     TOKENS,
@@ -119,21 +121,41 @@ PANELS = (
     ),
     Panel(
         "Coefficients",
-        (Metric("coefficient/<loss>", "", OF_STEP, "Coefficient of a loss that a controller or a schedule changes."),),
+        (
+            Metric(
+                "coefficient/<loss>",
+                "",
+                OF_STEP,
+                "Coefficient of a loss that a controller or a schedule changes.",
+                exact=True,
+            ),
+        ),
         "Coefficients of losses that change during training.",
     ),
     Panel(
         "Learning rate",
-        (Metric("learning_rate", "", "the last update of the step", "Learning rate of the policy's optimiser."),),
+        (
+            Metric(
+                "learning_rate",
+                "",
+                "the last update of the step",
+                "Learning rate of the policy's optimiser.",
+                exact=True,
+            ),
+        ),
         "Learning rate of the policy's optimiser.",
     ),
     Panel(
         "Parameters",
         (
-            Metric("parameter_norm", "norm", OF_STEP, "Euclidean norm of the policy's trained parameters."),
-            Metric("parameter_norm/<network>", "norm", OF_STEP, "The same for another trained network."),
+            Metric("parameter_norm", "norm", OF_STEP, "Euclidean norm of the policy's trained parameters.", exact=True),
+            Metric("parameter_norm/<network>", "norm", OF_STEP, "The same for another trained network.", exact=True),
             Metric(
-                "skipped_update", "0 or 1", UPDATES, "1 if an update was skipped, since its gradient was not finite."
+                "skipped_update",
+                "0 or 1",
+                UPDATES,
+                "1 if an update was skipped, since its gradient was not finite.",
+                exact=True,
             ),
         ),
         "Norms of the trained parameters, and skipped updates.",
@@ -188,7 +210,13 @@ PANELS = (
                 "judged rows",
                 "Estimate of the KL divergence from the reference, subtracted from both in KTO.",
             ),
-            Metric("value_explained_variance", "", TOKENS, "1 - var(returns - values) / var(returns); 1 is perfect."),
+            Metric(
+                "value_explained_variance",
+                "",
+                TOKENS,
+                "1 - var(returns - values) / var(returns); 1 is perfect.",
+                absent="all returns of the step are equal",
+            ),
         ),
         "Metrics of preference losses, reward models and value models.",
         apart=True,
@@ -201,9 +229,18 @@ PANELS = (
                 "count",
                 EPISODES,
                 "Number of turns, calls, errors or failures in an episode.",
+                absent=NO_EPISODE,
             ),
-            Metric("episode/stopped_by_<reason>", "share", EPISODES, "Episodes that ended for this reason."),
-            Metric("episode/<name>", "share", EPISODES, "Metrics of [the environment](environments.md)."),
+            Metric(
+                "episode/stopped_by_<reason>",
+                "share",
+                EPISODES,
+                "Episodes that ended for this reason.",
+                absent=NO_EPISODE,
+            ),
+            Metric(
+                "episode/<name>", "share", EPISODES, "Metrics of [the environment](environments.md).", absent=NO_EPISODE
+            ),
         ),
         "Metrics of conversations with an environment.",
     ),
@@ -251,12 +288,13 @@ PANELS = (
                 "Tokens sampled in continuations of its steps (`continued_steps`).",
             ),
             Metric("shown_tokens", "tokens", DRAWN, "Tokens of the rubric's criteria in the prompt (`scaffolded`)."),
-            Metric("extra_temperature", "", OF_STEP, "The second temperature of `mixed_temperature`."),
+            Metric("extra_temperature", "", OF_STEP, "The second temperature of `mixed_temperature`.", exact=True),
             Metric(
                 "staleness_steps",
                 "steps",
                 ROWS,
                 "Steps between the policy that sampled the rows and the policy in training.",
+                exact=True,
             ),
             Metric(
                 "alignment",
@@ -291,13 +329,20 @@ PANELS = (
     Panel(
         "Memory",
         (
-            Metric("host_memory_gib", "GiB", OF_STEP, "Resident memory of the process after the step."),
-            Metric("device_memory_gib", "GiB", "the fullest device of the host", "Memory in use after the step."),
+            Metric("host_memory_gib", "GiB", OF_STEP, "Resident memory of the process after the step.", exact=True),
+            Metric(
+                "device_memory_gib",
+                "GiB",
+                "the fullest device of the host",
+                "Memory in use after the step.",
+                exact=True,
+            ),
             Metric(
                 "device_peak_memory_gib",
                 "GiB",
                 "the fullest device of the host",
                 "Largest memory in use since the start of the process.",
+                exact=True,
             ),
         ),
         "Memory of the host process, and of devices that report it (a CPU is the host).",
@@ -306,7 +351,11 @@ PANELS = (
         "Metrics of the recipe",
         (
             Metric(
-                "metric/<name>", "", "rows with a value", "The value that the credit entry `metric/<name>` returns."
+                "metric/<name>",
+                "",
+                "rows with a value",
+                "The value that the credit entry `metric/<name>` returns.",
+                absent="it returns NaN for every row",
             ),
             Metric(
                 "selection/<name>",
@@ -320,8 +369,8 @@ PANELS = (
     ),
 )
 METRICS = tuple(metric for panel in PANELS for metric in panel.metrics)
-# Settings of an evaluation, which are constant and not drawn.
-CONSTANT = ("validation/problems", "validation/samples_per_problem")
+# Settings, which are constant and not drawn.
+SETTINGS = ("validation/problems", "validation/samples_per_problem", "reward/*_weight")
 # Measurements of time and memory, which differ if a step is repeated.
 OF_MACHINE = ("seconds", "tokens_per_second", "host_memory_gib", "device_memory_gib", "device_peak_memory_gib")
 
@@ -332,18 +381,29 @@ def described(name: str) -> Metric | None:
     return max(fitting, key=lambda each: (each.name == name, len(each.pattern)), default=None)
 
 
+def undefined(metrics: Mapping[str, float]) -> set[str]:
+    """Names of the metrics that are not defined in a step: NaN, where the table says when they are absent.
+
+    >>> undefined({"starc/brevity": math.nan, "loss": math.nan, "reward": 0.5})
+    {'starc/brevity'}
+    """
+    rows = {name: described(name) for name, value in metrics.items() if math.isnan(value)}
+    return {name for name, row in rows.items() if row is not None and row.absent}
+
+
 def panels(names: Sequence[str]) -> list[Panel]:
     """The charts of these metrics in the order of the table: one chart for each unit of a panel.
 
     Metrics that are not in the table have a chart each.
     """
     rows = {name: described(name) for name in names}
+    settings = {name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in SETTINGS)}
 
     def drawn() -> Iterator[Panel]:
         for panel in PANELS:
             by_unit: dict[tuple[str, str], list[str]] = {}
             for metric in panel.metrics:
-                for name in (name for name, row in rows.items() if row is metric and name not in CONSTANT):
+                for name in (name for name, row in rows.items() if row is metric and name not in settings):
                     by_unit.setdefault((metric.unit, name if panel.apart else ""), []).append(name)
             for (unit, name), own in by_unit.items():
                 title = name or (f"{panel.title}: {unit}" if unit and len(by_unit) > 1 else panel.title)

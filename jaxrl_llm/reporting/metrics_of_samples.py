@@ -6,13 +6,18 @@ from jaxrl_llm.reporting.metric_panel import (
     COUNTED,
     DRAWN,
     GROUPS,
+    NO_ROW,
     OF_SOURCE,
+    OF_STEP,
     ROWS,
     TOKENS,
     WITHIN,
     Metric,
     Panel,
 )
+
+NO_ROW_OF_SOURCE = "the step has no rows of the source"
+CONSTANT_WITHIN = "one of the two is constant within every group"
 
 PANELS = (
     Panel(
@@ -41,11 +46,31 @@ PANELS = (
                 "reward",
                 "sampled rows that it applies to",
                 "One reward, before its weight is applied.",
+                absent=NO_ROW,
             ),
-            Metric("reward/<reward>_std", "reward", ROWS, "Standard deviation of one reward over rows."),
+            Metric(
+                "reward/<reward>_std",
+                "reward",
+                "sampled rows that it applies to",
+                "Standard deviation of one reward over rows.",
+                absent=NO_ROW,
+            ),
+            Metric(
+                "reward/<reward>_weight",
+                "",
+                OF_STEP,
+                "The reward's weight in the sum. The report shows what each reward adds to the sum, not this curve.",
+                exact=True,
+            ),
             Metric("reward/<reward>_applies", "share", ROWS, "Rows for which the reward is neither None nor NaN."),
             Metric("unrated_share", "share", "rows", "Rows to which no reward applies; they are not trained on."),
-            Metric("reward/<reward>_constant_groups", "share", GROUPS, "Groups in which the reward is constant."),
+            Metric(
+                "reward/<reward>_constant_groups",
+                "share",
+                GROUPS,
+                "Groups in which the reward is constant.",
+                absent=NO_ROW,
+            ),
         ),
         "Each reward function by itself, before its weight is applied.",
     ),
@@ -58,6 +83,7 @@ PANELS = (
                 WITHIN,
                 "Correlation of a reward with another reward, with `length`, or with `kl`: log pi - log pi_ref of the "
                 "completion.",
+                absent=CONSTANT_WITHIN,
             ),
             Metric(
                 "starc/<reward>",
@@ -66,6 +92,7 @@ PANELS = (
                 "STARC distance of one of several rewards from their weighted sum, sqrt((1 - correlation) / 2): 0 if "
                 "they differ by scale and offset only, 1 if they are opposite. For a verifier of weight 0, it "
                 "measures the disagreement of the proxy reward with the verifier.",
+                absent=CONSTANT_WITHIN,
             ),
         ),
         "Compared within prompts. A reward that is correlated with length or KL is easily exploited, and one at a "
@@ -75,9 +102,11 @@ PANELS = (
         "By source",
         (
             Metric("source/<source>/share", "share", ROWS, "Rows with prompts from this source."),
-            Metric("source/<source>/reward", "reward", OF_SOURCE, "As `reward`."),
-            Metric("source/<source>/correct_share", "share", OF_SOURCE, "As `correct_share`."),
-            Metric("source/<source>/completion_tokens", "tokens", OF_SOURCE, "As `completion_tokens`."),
+            Metric("source/<source>/reward", "reward", OF_SOURCE, "As `reward`.", NO_ROW_OF_SOURCE),
+            Metric("source/<source>/correct_share", "share", OF_SOURCE, "As `correct_share`.", NO_ROW_OF_SOURCE),
+            Metric(
+                "source/<source>/completion_tokens", "tokens", OF_SOURCE, "As `completion_tokens`.", NO_ROW_OF_SOURCE
+            ),
         ),
         "The main metrics for each source of prompts.",
     ),

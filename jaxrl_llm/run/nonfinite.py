@@ -13,6 +13,7 @@ import numpy as np
 
 from jaxrl_llm.experience import FACTS, Experience
 from jaxrl_llm.parallel import hosts
+from jaxrl_llm.reporting.metric_table import undefined
 
 FOLDER = "failed"
 _DESCRIPTION = "description.json"
@@ -23,8 +24,9 @@ class TrainingError(RuntimeError):
 
 
 def not_finite(metrics: Mapping[str, float]) -> list[str]:
-    """Names of non-finite metrics, the terms of the loss before their sum."""
-    bad = [name for name, value in metrics.items() if not math.isfinite(value)]
+    """Names of non-finite metrics except those that are not defined, the terms of the loss before their sum."""
+    absent = undefined(metrics)
+    bad = [name for name, value in metrics.items() if not math.isfinite(value) and name not in absent]
     return sorted(bad, key=lambda name: (not name.startswith("loss/"), name.startswith(("gradient_norm", "parameter"))))
 
 
@@ -51,7 +53,8 @@ def diagnosis(bad: Sequence[str], metrics: Mapping[str, float], blamed: Mapping[
 
 
 def looked_at(run: Any, metrics: Mapping[str, Any], done: int, offset: int, stage: str, rows: Any) -> dict[str, float]:
-    """Metrics of a step as floats; for a skipped update without the non-finite ones.
+    """Metrics of a step as floats, without those that are not defined (`reporting.metric_table`), and for a skipped
+    update without the non-finite ones.
 
     An update with a non-finite loss or gradient was skipped by the optimiser; it is reported, and its batch is written.
 
@@ -67,6 +70,8 @@ def looked_at(run: Any, metrics: Mapping[str, Any], done: int, offset: int, stag
         a checkpoint is written.
     """
     shown = {name: float(value) for name, value in metrics.items()}
+    for name in undefined(shown):
+        del shown[name]
     bad = not_finite(shown)
     if not bad:
         run.skipped_in_a_row = 0

@@ -32,8 +32,8 @@ def constant_group_share(
 def explained_variance(
     values: Float[Array, "B T"], returns: Float[Array, "B T"], mask: Float[Array, "B T"]
 ) -> Float[Array, ""]:
-    """1 - var(returns - values) / var(returns) over trained tokens: 1 for a perfect value model, 0 for a constant
-    one."""
+    """1 - var(returns - values) / var(returns) over trained tokens: 1 for a perfect value model, 0 for a constant one,
+    NaN for constant returns."""
     count = jnp.maximum(mask.sum(), 1.0)
 
     def variance(x):
@@ -41,31 +41,35 @@ def explained_variance(
         return (mask * jnp.square(x - (mask * x).sum() / count)).sum() / count
 
     total = variance(returns)
-    return jnp.where(total > 0, 1 - variance(returns - values) / jnp.where(total > 0, total, 1.0), 0.0)
+    return jnp.where(total > 0, 1 - variance(returns - values) / jnp.where(total > 0, total, 1.0), jnp.nan)
 
 
 def reward_metrics(
     components: Float[Array, "B K"], weight: Float[Array, "B"], names: Sequence[str]
 ) -> dict[str, Float[Array, ""]]:
-    """Mean, standard deviation over rows, and share of applicable rows of each reward function.
+    """Mean and standard deviation over the applicable rows, and the share of these rows, of each reward function.
 
     Args:
       components: one column per function; NaN where it does not apply.
       weight: of each row.
       names: of the functions.
+
+    Returns:
+      by name; mean and standard deviation are NaN for a function that applies to no row.
     """
     metrics = {}
     for column, name in enumerate(names):
         applies = jnp.where(jnp.isnan(components[:, column]), 0.0, weight)
         value = jnp.where(applies > 0, components[:, column], 0.0)
-        mean, spread = _mean_and_std(value, applies)
+        mean, spread = (_or_nan(x, applies.sum()) for x in _mean_and_std(value, applies))
         metrics |= {f"reward/{name}": mean, f"reward/{name}_std": spread}
         metrics[f"reward/{name}_applies"] = applies.sum() / jnp.maximum(weight.sum(), 1.0)
     return metrics
 
 
 def source_metrics(rows: Experience, weight: Float[Array, "B"], names: Sequence[str]) -> dict[str, Float[Array, ""]]:
-    """For each source of a mixture: its share of the rows, and means of its rewards, right answers and lengths.
+    """For each source of a mixture: its share of the rows, and means of its rewards, right answers and lengths, which
+    are NaN for a source without rows.
 
     Args:
       rows: a batch after credit, with `source_id`.
@@ -78,8 +82,14 @@ def source_metrics(rows: Experience, weight: Float[Array, "B"], names: Sequence[
     for number, name in enumerate(names):
         own = weight * (rows["source_id"] == number)
         metrics[f"source/{name}/share"] = own.sum() / jnp.maximum(weight.sum(), 1.0)
-        metrics |= {f"source/{name}/{what}": _mean_and_std(value, own)[0] for what, value in means.items()}
+        own_means = {what: _or_nan(_mean_and_std(value, own)[0], own.sum()) for what, value in means.items()}
+        metrics |= {f"source/{name}/{what}": mean for what, mean in own_means.items()}
     return metrics
+
+
+def _or_nan(mean: Array, count: Array) -> Array:
+    """A mean, or NaN if it is over nothing: then it is not defined, and the run leaves it out of the step's metrics."""
+    return jnp.where(count > 0, mean, jnp.nan)
 
 
 def _mean_and_std(x: Float[Array, "B"], weight: Float[Array, "B"]) -> tuple[Array, Array]:
@@ -130,7 +140,7 @@ def experience_metrics(
     if "advantages" in experience:
         metrics["advantage_abs_per_token"] = token_mean(jnp.abs(experience["advantages"]))
     for name, (total, count) in metrics_of(experience, weight).items():
-        metrics[f"episode/{name}"] = total / jnp.maximum(count, 1.0)
+        metrics[f"episode/{name}"] = _or_nan(total / jnp.maximum(count, 1.0), count)
     return metrics
 
 
@@ -144,6 +154,7 @@ def step_metrics(c: Composition, state: TrainState, rows: Experience, work: Work
     if c.rollout is None:
         return {}
     metrics = experience_metrics(rows, work["sampled"], [t.name for t in c.rewards]) | work["report"]
+    metrics |= {f"reward/{t.name}_weight": jnp.float32(t.weight) for t in c.rewards}
     if c.resources.diagnostics:
         metrics |= row_diagnostics(rows, work["sampled"], [t.name for t in c.rewards], c.resources.scripts)
     if c.resources.sources and "source_id" in rows:

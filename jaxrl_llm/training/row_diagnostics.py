@@ -28,8 +28,8 @@ def within_groups(
         rho = <C(x), C(y)> / (|C(x)| |C(y)|),   d = | C(x) / |C(x)| - C(y) / |C(y)| | / 2 = sqrt((1 - rho) / 2)
 
     C subtracts the mean of each group, so that neither the difficulty of prompts nor the scale matters. d is 0 if the
-    two differ only by a scale and an offset per prompt, and 1 if they are opposite. For a number that is constant in
-    each group, C(x) / |C(x)| is defined as 0: then rho is 0 and d is 1/2, and 0 if both are constant.
+    two differ only by a scale and an offset per prompt, and 1 if they are opposite. Both are NaN if a number is constant
+    in each group.
 
     Args:
       first, second: numbers of each row; rows where either is NaN are left out of the column.
@@ -45,14 +45,16 @@ def within_groups(
     totals = jax.ops.segment_sum(jnp.concatenate([there, *(there * x for x in values)], 1), group, len(group))[group]
     count, *sums = jnp.split(totals, 3, axis=1)
 
-    def unit(x: Array, total: Array) -> Array:
+    def unit(x: Array, total: Array) -> tuple[Array, Array]:
         centred = jnp.where(there > 0, x - total / jnp.where(count > 0, count, 1.0), 0.0)
         norm, size = (jnp.sqrt((there * jnp.square(y)).sum(0)) for y in (centred, x))
         differs = norm > 1e-5 * size  # for equal values only rounding errors remain
-        return jnp.where(differs, centred / jnp.where(differs, norm, 1.0), 0.0)
+        return centred / jnp.where(differs, norm, 1.0), differs
 
-    one, other = map(unit, values, sums)
-    return (there * one * other).sum(0), jnp.sqrt((there * jnp.square(one - other)).sum(0)) / 2
+    (one, varies), (other, also) = map(unit, values, sums)
+    found = (there * one * other).sum(0), jnp.sqrt((there * jnp.square(one - other)).sum(0)) / 2
+    correlation, distance = (jnp.where(varies & also, x, jnp.nan) for x in found)
+    return correlation, distance
 
 
 def reward_relations(
@@ -73,6 +75,10 @@ def reward_relations(
       weight: of each row.
       names: of the rewards.
       total: the reward that training maximises; the distance of each of several rewards from it is `starc/<reward>`.
+
+    Returns:
+      by name; NaN for what is not defined: relations with a number that is constant in each group, and the share of
+      constant groups of a reward that applies to no row.
     """
     chex.assert_rank(components, 2)
     columns = dict(zip(names, components.T, strict=True))
@@ -88,7 +94,8 @@ def reward_relations(
     ends = jnp.where(jnp.concatenate([applies] * 2, 1), jnp.concatenate([components, -components], 1), -jnp.inf)
     highest, lowest = jnp.split(jax.ops.segment_max(ends, group, len(group)), 2, axis=1)
     exists = highest > -jnp.inf
-    shares = (exists & (highest <= -lowest)).sum(0) / jnp.maximum(exists.sum(0), 1)
+    count = exists.sum(0)
+    shares = jnp.where(count > 0, (exists & (highest <= -lowest)).sum(0) / jnp.maximum(count, 1), jnp.nan)
     return found | {f"reward/{name}_constant_groups": shares[i] for i, name in enumerate(names)}
 
 

@@ -808,7 +808,7 @@ RUNS = {
         "may be exploiting the reward",
         5,
     ),
-    "silent": ([{"reward/format_std": 0.0, "reward/right_std": 0.1}] * 25, "every completion of 20 steps: format;", 20),
+    "silent": ([{"reward/format_std": 0.0, "reward/right_std": 0.1}] * 25, "every completion of 20 steps, or applied to none: format;", 20),
     "verifier": (
         [{"reward": 0.01 * n, "correct_share": 0.5 - 0.01 * max(0, n - 20)} for n in range(40)],
         "while correct_share (completions accepted by the first reward) has fallen (50.0% to 44.5%)",
