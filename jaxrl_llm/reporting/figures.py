@@ -6,19 +6,26 @@ import importlib
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 
+from jaxrl_llm.reporting.drawn_curves import (
+    kl_curves,
+    pass_curves,
+    pieces,
+    series,
+    smoothed,
+    smoothing_of,
+    spacing,
+    stages,
+)
 from jaxrl_llm.reporting.metric_panel import Panel
 from jaxrl_llm.reporting.metric_table import described, panels
 from jaxrl_llm.reporting.report import COLOURS, FigureFormat, groups_of
-from jaxrl_llm.reporting.reported_run import ReportedRun, kl_curves, pass_curves, seconds_by_part, series
+from jaxrl_llm.reporting.reported_run import ReportedRun, seconds_by_part
 
-SMOOTHING, SMOOTHED_FROM = (
-    0.8,
-    25,
-)  # as in the HTML report: the smoothing weight, and the largest number of points without smoothing
+MARKED = 25  # points: curves with fewer have a marker at each
 INCHES = (3.4, 2.4)  # width of a paper column
 STYLE = {
     "font.size": 8,
@@ -71,59 +78,82 @@ def write_figures(runs: Sequence[ReportedRun], directory: str | Path, form: Figu
     return written
 
 
+class Drawn(NamedTuple):
+    """A run as it is drawn: its group, [steps, values] by metric, the first step of each stage, steps of a point."""
+
+    group: str
+    series: dict[str, Any]
+    starts: list[int]
+    spacing: float
+
+
 def _charts(runs: Sequence[ReportedRun]) -> Iterator[tuple[str, Any]]:
-    several = len(runs) > 1
-    of = list(zip(groups_of(runs), (series(run, from_last_stage=several) for run in runs), strict=True))
-    for panel in panels(list(dict.fromkeys(name for _, own in of for name in own))):
-        yield panel.title, lambda axes, panel=panel: _curves(axes, panel, of)
-    if curves := [curve for run in runs for curve in pass_curves(run)]:
+    several, groups = len(runs) > 1, groups_of(runs)
+    drawn = [
+        Drawn(
+            group,
+            series(run, from_last_stage=several),
+            [stage["step"] for stage in stages(run, from_last_stage=several)],
+            spacing(run),
+        )
+        for run, group in zip(runs, groups, strict=True)
+    ]
+    for panel in panels(list(dict.fromkeys(name for one in drawn for name in one.series))):
+        yield panel.title, lambda axes, panel=panel: _curves(axes, panel, drawn)
+    if curves := pass_curves(runs, groups):
         yield "pass@k", lambda axes: _pass_at_k(axes, curves)
-    if against := [curve for run in runs for curve in kl_curves(run)]:
+    if against := kl_curves(runs, groups):
         yield "reward against KL", lambda axes: _against_kl(axes, against)
     if parts := {run.name: seconds_by_part(run) for run in runs if seconds_by_part(run)}:
         yield "time by part", lambda axes: _bars(axes, parts)
 
 
-def _curves(axes: Any, panel: Panel, of: Sequence[tuple[str, dict[str, Any]]]) -> None:
-    groups = list(dict.fromkeys(group for group, _ in of))
+def _curves(axes: Any, panel: Panel, drawn: Sequence[Drawn]) -> None:
+    groups = list(dict.fromkeys(one.group for one in drawn))
     several = len(groups) > 1
     axes.set_yscale("log" if panel.log else "linear")
     for g, group in enumerate(groups):
         for m, name in enumerate(panel.metrics):
-            members = [own[name] for other, own in of if other == group and name in own]
+            members = [one for one in drawn if one.group == group and name in one.series]
             if not members:
                 continue
             label = ": ".join(filter(None, [group if several else "", name if len(panel.metrics) > 1 else ""])) or name
             colour, dash = COLOURS[(g if several else m) % len(COLOURS)], DASHES[(m if several else 0) % len(DASHES)]
-            steps = np.unique(np.concatenate([steps for steps, _ in members]))
-            values = np.full((len(members), len(steps)), np.nan)
-            for row, (own, numbers) in enumerate(members):
-                values[row, np.searchsorted(steps, own)] = smoothed(numbers)
-            known = ~np.isnan(values).all(0)
-            steps, values = steps[known], values[:, known]
-            if len(members) > 1:
-                low, high = np.nanmin(values, 0), np.nanmax(values, 0)
-                axes.fill_between(steps, low, high, color=colour, alpha=0.2, linewidth=0)
-            elif len(steps) >= SMOOTHED_FROM:
-                axes.plot(members[0][0], np.asarray(members[0][1], float), color=colour, alpha=0.3, linewidth=0.5)
-            axes.plot(
-                steps, np.nanmean(values, 0), dash, color=colour, label=label, marker="." if len(steps) < 5 else ""
-            )
+            _curve(axes, name, members, colour=colour, dash=dash, label=label)
     first, *others = list(panel.metrics)
     row = described(first)
     axes.set(xlabel="step", ylabel=((row and row.unit) or panel.title) if others else first)
+    if panel.unit == "share":
+        _share_axis(axes)
 
 
-def smoothed(values: Sequence[float | None], weight: float = SMOOTHING) -> np.ndarray:
-    """Exponential moving average, debiased at the start; None stays a gap."""
-    numbers = np.asarray(values, float)
-    if len(numbers) < SMOOTHED_FROM:
-        return numbers
-    total = mass = 0.0
-    for place in np.flatnonzero(~np.isnan(numbers)):
-        total, mass = weight * total + (1 - weight) * numbers[place], weight * mass + 1 - weight
-        numbers[place] = total / mass
-    return numbers
+def _curve(axes: Any, name: str, members: Sequence[Drawn], *, colour: str, dash: str, label: str) -> None:
+    """One metric: its smoothed curve in each stage over the numbers of each step, or the mean and the band of seeds."""
+    weight = smoothing_of(name)
+    steps = np.unique(np.concatenate([one.series[name][0] for one in members]))
+    values = np.full((len(members), len(steps)), np.nan)
+    for row, one in enumerate(members):
+        own, numbers = one.series[name]
+        for piece in pieces(own, one.starts):
+            found = smoothed(own[piece], numbers[piece], weight, one.spacing)
+            values[row, np.searchsorted(steps, own[piece])] = found
+            if len(members) == 1 and weight:
+                axes.plot(own[piece], np.asarray(numbers[piece], float), color=colour, alpha=0.3, linewidth=0.5)
+    known = ~np.isnan(values).all(0)
+    steps, values = steps[known], values[:, known]
+    for piece in pieces(steps, sorted({start for one in members for start in one.starts})):
+        x, y = steps[piece], values[:, piece]
+        if len(members) > 1:
+            axes.fill_between(x, np.nanmin(y, 0), np.nanmax(y, 0), color=colour, alpha=0.2, linewidth=0)
+        mark = "." if len(x) < MARKED else ""
+        axes.plot(x, np.nanmean(y, 0), dash, color=colour, label=label, marker=mark)
+        label = ""  # once in the legend
+
+
+def _share_axis(axes: Any) -> None:
+    """From 0, and to 1 if all that is drawn is 0."""
+    highest = axes.dataLim.y1
+    axes.set_ylim(bottom=0 if axes.get_ylim()[0] < 0 else None, top=None if highest > 0 else 1)
 
 
 def _pass_at_k(axes: Any, curves: Sequence[dict[str, Any]]) -> None:
@@ -134,12 +164,14 @@ def _pass_at_k(axes: Any, curves: Sequence[dict[str, Any]]) -> None:
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:g}")
     axes.set(xlabel="k", ylabel="pass@k")
+    _share_axis(axes)
 
 
 def _against_kl(axes: Any, curves: Sequence[dict[str, Any]]) -> None:
     for i, curve in enumerate(curves):
         colour, dash = COLOURS[i % len(COLOURS)], DASHES[i % len(DASHES)]
-        axes.plot(smoothed(curve["kl"]), smoothed(curve["value"]), dash, color=colour, label=curve["name"])
+        x, y = (smoothed(curve["step"], curve[what], spacing=curve["spacing"]) for what in ("kl", "value"))
+        axes.plot(x, y, dash, color=colour, label=curve["name"])
     axes.set(xlabel="KL, nats a token", ylabel="reward")
 
 

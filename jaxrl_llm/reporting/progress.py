@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections import deque
@@ -200,8 +201,26 @@ def results_table(before: Mapping[str, float], after: Mapping[str, float]) -> Ta
     return table
 
 
+def rewards_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Table of each reward at the start and at the end of training, and of what it adds to their sum.
+
+    Args:
+      rows: of `reward_summary.reward_rows`.
+    """
+    table = Table(title="rewards, means over the first and the last tenth of the steps")
+    table.add_column("")
+    for heading in ("weight", "first", "last", "adds, first", "adds, last"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in rows:
+        weight = "" if row["name"] is None else f"{row['weight']:g}"
+        numbers = (row[key] for key in ("first", "last", "adds_first", "adds_last"))
+        shown = ("–" if number is None else f"{number:.3f}" for number in numbers)
+        table.add_row(Text("sum" if row["name"] is None else row["name"]), weight, *shown)
+    return table
+
+
 def samples_table(samples: Sequence[Mapping[str, Any]], step: int) -> Table:
-    """Table of completions with their rewards.
+    """Table of completions with their rewards: their sum, and each of several.
 
     Args:
       samples: as written to samples.jsonl.
@@ -213,7 +232,11 @@ def samples_table(samples: Sequence[Mapping[str, Any]], step: int) -> Table:
     table.add_column("reward", justify="right", no_wrap=True)
     for sample in samples:
         shown = [Text(str(sample[name])) for name in ("prompt", "completion", "answer")]
-        table.add_row(*shown, f"{float(sample['reward']):.3g}" if "reward" in sample else "")
+        lines = [f"{float(sample['reward']):.3g}"] if "reward" in sample else []
+        each = sample.get("rewards", {})
+        if len(each) > 1:
+            lines += [f"{name} {'–' if math.isnan(value) else f'{float(value):.3g}'}" for name, value in each.items()]
+        table.add_row(*shown, Text("\n".join(lines)))
     return table
 
 

@@ -17,20 +17,20 @@ from typing import Any, Literal
 
 import yaml
 
+from jaxrl_llm.reporting.drawn_curves import (
+    SMOOTHING,
+    kl_curves,
+    pass_curves,
+    series,
+    smoothing_of,
+    spacing,
+    stages,
+)
 from jaxrl_llm.reporting.loggers import flattened
 from jaxrl_llm.reporting.metric_alarms import alarms
 from jaxrl_llm.reporting.metric_table import panels
-from jaxrl_llm.reporting.reported_run import (
-    ReportedRun,
-    facts,
-    headlines,
-    kl_curves,
-    pass_curves,
-    seconds_by_part,
-    series,
-    shown_samples,
-    stages,
-)
+from jaxrl_llm.reporting.reported_run import ReportedRun, facts, headlines, seconds_by_part, shown_samples
+from jaxrl_llm.reporting.reward_summary import reward_tables
 
 MOST_SAMPLES = 300
 PER_SEED = ("seed", "run_dir", "name")
@@ -70,18 +70,19 @@ def write_report(runs: Sequence[ReportedRun], out: str | Path) -> Path:
 def rendered(runs: Sequence[ReportedRun]) -> str:
     """The page as text."""
     jinja2 = _package("jinja2")
-    groups = groups_of(runs)
+    groups, several = groups_of(runs), len(runs) > 1
     drawn = panels(list(dict.fromkeys(name for run in runs for name in series(run))))
     data = {
         "runs": [
-            {"name": run.name, "group": groups[i], "series": series(run, from_last_stage=len(runs) > 1)}
-            | {"stages": stages(run) if len(runs) == 1 else []}  # with several runs, steps count from the last stage
+            {"name": run.name, "group": groups[i], "spacing": spacing(run)}
+            | {"series": series(run, from_last_stage=several), "stages": stages(run, from_last_stage=several)}
             for i, run in enumerate(runs)
         ],
         "groups": list(dict.fromkeys(groups)),
         "panels": [panel._asdict() for panel in drawn],
-        "pass_at_k": [curve for run in runs for curve in pass_curves(run)],
-        "against_kl": [curve for run in runs for curve in kl_curves(run)],
+        "exact": [name for panel in drawn for name in panel.metrics if not smoothing_of(name)],
+        "pass_at_k": pass_curves(runs, groups),
+        "against_kl": kl_curves(runs, groups),
         "seconds": [{"name": run.name, "parts": seconds_by_part(run)} for run in runs if seconds_by_part(run)],
         "samples": [sample for run in runs for sample in shown_samples(run, MOST_SAMPLES // len(runs))],
     }
@@ -92,6 +93,11 @@ def rendered(runs: Sequence[ReportedRun]) -> str:
         title=", ".join(dict.fromkeys(run.name for run in runs)),
         runs=runs,
         headlines=headlines(runs, groups),
+        rewards=reward_tables(runs, groups),
+        has_seeds=len(set(groups)) < len(groups),
+        has_single=any(groups.count(group) == 1 for group in groups),
+        has_stages=any(len(run["stages"]) > 1 for run in data["runs"]),
+        smoothing=SMOOTHING,
         alarms=[(run.name, sentence) for run in runs for sentence in alarms(run.metrics)],
         panels=drawn,
         data=_script(data),

@@ -1,9 +1,8 @@
-"""The content of a run directory for a report: curves, accuracies with intervals, samples, time, facts."""
+"""The content of a run directory for a report: accuracies with intervals, samples, time, facts."""
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +13,6 @@ import yaml
 
 from jaxrl_llm.reporting.run_directory import read_records
 
-MOST_POINTS = 2000  # of a curve; longer curves are averaged over neighbouring steps
 MOST_TOKENS = 400  # coloured tokens of a sample
 
 
@@ -128,31 +126,6 @@ def headline(run: ReportedRun) -> list[dict[str, Any]]:
     ]
 
 
-def series(run: ReportedRun, *, from_last_stage: bool = False) -> dict[str, list[list[float | None]]]:
-    """[steps, values] of each metric; long ones are averaged over neighbouring steps, and values not finite are None.
-
-    Steps count over all stages, or from the start of the last one, since warm starts of seeds may differ in length.
-    """
-    found: dict[str, tuple[list, list]] = {}
-    first = stages(run)[-1]["step"] - 1 if from_last_stage else 0
-    for record in run.metrics:
-        for name, value in record.items():
-            if name != "step" and isinstance(value, int | float) and not isinstance(value, bool):
-                steps, values = found.setdefault(name, ([], []))
-                steps.append(record["step"] - first)
-                values.append(value if math.isfinite(value) else None)
-    return {name: _thinned(*pair) for name, pair in found.items()}
-
-
-def _thinned(steps: list[int], values: list[float | None]) -> list[list[Any]]:
-    if len(steps) > MOST_POINTS:
-        parts = np.array_split(np.arange(len(steps)), MOST_POINTS)
-        known = np.asarray([math.nan if value is None else value for value in values])
-        values = [None if np.isnan(known[part]).all() else float(np.nanmean(known[part])) for part in parts]
-        steps = [steps[part[-1]] for part in parts]
-    return [steps, [None if value is None else float(f"{value:.6g}") for value in values]]
-
-
 def shown_samples(run: ReportedRun, most: int) -> list[dict[str, Any]]:
     """At most `most` evenly spaced samples of training and greedy completions of the evaluations."""
     samples = [{"run": run.name, "from": "training"} | sample for sample in run.samples]
@@ -185,47 +158,6 @@ def shown_samples(run: ReportedRun, most: int) -> list[dict[str, Any]]:
 def _spread(values: Sequence[Any], most: int) -> list[Any]:
     places = np.linspace(0, len(values) - 1, min(len(values), max(most, 1))).round().astype(int)
     return [values[place] for place in places]
-
-
-def pass_curves(run: ReportedRun) -> list[dict[str, Any]]:
-    from jaxrl_llm.evaluation.measures import measured
-
-    found = []
-    for when, records in run.evaluations.items():
-        curve = measured(records, (1,))["pass_at_k"]
-        found.append(
-            {
-                "name": f"{run.name}, {when}",
-                "k": [int(k) for k in curve],
-                "mean": [point["mean"] for point in curve.values()],
-                "low": [point["interval"][0] for point in curve.values()],
-                "high": [point["interval"][1] for point in curve.values()],
-            }
-        )
-    return found
-
-
-def kl_curves(run: ReportedRun) -> list[dict[str, Any]]:
-    """Reward, share of correct samples and validation accuracy against the KL divergence from the reference.
-
-    If accuracy falls while the reward still rises, the policy has begun to exploit its reward.
-    """
-    found, kl = [], "kl_reference_per_token"
-    for name in ("reward", "correct_share", "validation/pass@1"):
-        points = [(r[kl], r[name]) for r in run.metrics if math.isfinite(r.get(kl, math.nan)) and name in r]
-        if len(points) > 1:
-            places = np.linspace(0, len(points) - 1, min(len(points), MOST_POINTS)).round().astype(int)
-            x, y = zip(*(points[place] for place in places), strict=True)
-            found.append({"name": f"{run.name}, {name}", "kl": list(x), "value": list(y)})
-    return found
-
-
-def stages(run: ReportedRun) -> list[dict[str, Any]]:
-    """The first step of each stage, with its name."""
-    first: dict[str, int] = {}
-    for record in run.metrics:
-        first.setdefault(record.get("stage", ""), record["step"])
-    return [{"name": name, "step": step} for name, step in first.items()]
 
 
 def seconds_by_part(run: ReportedRun) -> dict[str, float]:

@@ -5,10 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+from rich.table import Table
 
+from jaxrl_llm.evaluation import COUNTED
 from jaxrl_llm.models import TransformerConfig, attention_path
 from jaxrl_llm.parallel import described, layout
+from jaxrl_llm.reporting import read_records, results_table, rewards_table
 from jaxrl_llm.reporting.machine_report import package_versions, peak_memory
+from jaxrl_llm.reporting.reward_summary import reward_rows
 from jaxrl_llm.run.across_stages import across_summary
 from jaxrl_llm.run.goodput import goodput
 from jaxrl_llm.run.setup import Parts
@@ -50,6 +54,14 @@ def units(built: Parts) -> list[tuple[str, int | float | str, str]]:
         ("devices", 1 if mesh is None else mesh.size, jax.default_backend()),
         ("mesh", described(mesh), built.mesh_reason),
     ]
+
+
+def result_tables(run: Run, after: dict[str, float]) -> list[Table]:
+    """The rewards at the start and at the end of the last stage that has any, and the evaluation before and after."""
+    rewards = reward_rows(read_records(run.config.directory / "metrics.jsonl"))
+    accuracies = [name for name in after if name not in COUNTED]
+    parts = [{name: part[name] for name in accuracies} for part in (run.meta["before"], after)]
+    return [rewards_table(rewards)] * bool(rewards) + [results_table(*parts)] * bool(accuracies)
 
 
 def summary_of(run: Run, after: dict[str, float]) -> dict[str, Any]:

@@ -21,10 +21,10 @@ from rich.console import Console
 from jaxrl_llm.config import BranchConfig, Config, as_tree, numeric_tree, placement_tree
 from jaxrl_llm.data import Batches
 from jaxrl_llm.endpoints import require_model
-from jaxrl_llm.evaluation import COUNTED, Grader
+from jaxrl_llm.evaluation import Grader
 from jaxrl_llm.experience import NetworkState, TrainState
 from jaxrl_llm.parallel import hosts
-from jaxrl_llm.reporting import results_table, units_table
+from jaxrl_llm.reporting import units_table
 from jaxrl_llm.reporting.ownership import owned
 from jaxrl_llm.run import checkpoints, integrity, stored_states
 from jaxrl_llm.run.across_stages import measure_across
@@ -40,7 +40,7 @@ from jaxrl_llm.run.interruption import Abandoned, Interruption, attended
 from jaxrl_llm.run.live_report import reporting_of
 from jaxrl_llm.run.measured import measured_by, measured_on
 from jaxrl_llm.run.optimizers import long_warmup
-from jaxrl_llm.run.overview import summary_of, units
+from jaxrl_llm.run.overview import result_tables, summary_of, units
 from jaxrl_llm.run.problems import data_sets, fingerprint_of, left_out, own_data
 from jaxrl_llm.run.prompt_choices import first_batch
 from jaxrl_llm.run.restored import require_branch
@@ -389,11 +389,8 @@ def _ended(run: Run, state: TrainState, measure: Callable) -> dict[str, Any]:
     summary = summary_of(run, after)
     run.directory.write_summary(summary)
     run.manager.wait_until_finished()
-    accuracies = [name for name in after if name not in COUNTED]
-    if accuracies:
-        run.console.print(
-            results_table(*({name: part[name] for name in accuracies} for part in (run.meta["before"], after)))
-        )
+    for table in result_tables(run, after):
+        run.console.print(table)
     page = None if run.report is None else run.report.refresh(now=True)
     told = "" if page is None else f"; report: {page}"
     _saying(run.console)(f"total {summary['seconds']['total']:.0f} s; run directory: {run.config.place}{told}")

@@ -16,13 +16,14 @@ import pytest
 import jaxrl_llm
 from jaxrl_llm import cli
 from jaxrl_llm.reporting import RunDirectory
-from jaxrl_llm.reporting.figures import smoothed
+from jaxrl_llm.reporting.drawn_curves import kl_curves, pass_curves, series, smoothed, smoothing_of, stages
 from jaxrl_llm.reporting.file_columns import COMPLETION, FILES
 from jaxrl_llm.reporting.machine_report import memory_in_use
 from jaxrl_llm.reporting.metric_alarms import alarms
 from jaxrl_llm.reporting.metric_table import described, panels
 from jaxrl_llm.reporting.report import different_settings, rendered, write_report
-from jaxrl_llm.reporting.reported_run import ReportedRun, headline, headlines, kl_curves, read_run, series
+from jaxrl_llm.reporting.reported_run import ReportedRun, headline, headlines, read_run
+from jaxrl_llm.reporting.reward_summary import reward_rows, reward_tables
 
 NASTY = "</script><script>document.title='taken'</script><!-- <img src=x onerror=\"document.title='taken'\">"
 
