@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -55,14 +56,14 @@ def _thinned(steps: list[int], values: list[float | None], starts: Sequence[int]
     return steps, [None if value is None else float(f"{value:.6g}") for value in values]
 
 
-def pieces(steps: Sequence[int], starts: Sequence[int]) -> list[slice]:
+def pieces(steps: Sequence[int] | np.ndarray, starts: Sequence[int]) -> list[slice]:
     """The part of ascending steps in each stage, without those that are empty.
 
     >>> pieces([1, 2, 3, 4], [1, 3])
     [slice(0, 2, None), slice(2, 4, None)]
     """
     borders = [0, *(int(place) for place in np.searchsorted(steps, starts)), len(steps)]
-    return [slice(a, b) for a, b in zip(borders, borders[1:], strict=False) if a < b]
+    return [slice(a, b) for a, b in pairwise(borders) if a < b]
 
 
 def spacing(run: ReportedRun) -> float:
@@ -88,7 +89,7 @@ def smoothed(
     """
     numbers = np.asarray(values, float)
     total = mass = last = 0.0
-    for place in np.flatnonzero(~np.isnan(numbers)):
+    for place in np.flatnonzero(~np.isnan(numbers)).tolist():
         kept = weight ** ((steps[place] - last) / spacing) if mass else 0.0
         total, mass, last = kept * total + numbers[place], kept * mass + 1.0, steps[place]
         numbers[place] = total / mass

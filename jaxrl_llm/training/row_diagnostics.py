@@ -28,8 +28,8 @@ def within_groups(
         rho = <C(x), C(y)> / (|C(x)| |C(y)|),   d = | C(x) / |C(x)| - C(y) / |C(y)| | / 2 = sqrt((1 - rho) / 2)
 
     C subtracts the mean of each group, so that neither the difficulty of prompts nor the scale matters. d is 0 if the
-    two differ only by a scale and an offset per prompt, and 1 if they are opposite. Both are NaN if a number is constant
-    in each group.
+    two differ only by a scale and an offset per prompt, and 1 if they are opposite. Neither is defined (NaN) if one of
+    the two is constant in each group.
 
     Args:
       first, second: numbers of each row; rows where either is NaN are left out of the column.

@@ -8,7 +8,7 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
-from jaxrl_llm.reporting import Progress, results_table, units_table
+from jaxrl_llm.reporting import Progress, results_table, rewards_table, samples_table, units_table
 
 METRICS = {
     "reward": 0.25,
@@ -196,6 +196,26 @@ def test_results_are_in_the_order_of_reading():
         ["cons@16", "–", "50.0%", "–"],
         ["agreement", "30.0%", "–", "–"],
     ]
+
+
+def test_each_reward_is_shown_at_the_end_of_a_run():
+    console = plain()
+    numbers = {"first": 0.25, "last": None, "adds_first": -0.125, "adds_last": 0.0}
+    console.print(
+        rewards_table([{"name": "short", "weight": -0.5} | numbers, {"name": None, "weight": None} | numbers])
+    )
+    shown = output(console)
+    assert re.search(r"short .* -0.5 .* 0.250 .* – .* -0.125 .* 0.000", shown)
+    assert re.search(r"sum .* 0.250 .* – ", shown)
+
+
+def test_samples_are_shown_with_each_of_several_rewards():
+    sample = {"prompt": "1+1", "completion": "2", "answer": "2", "reward": 0.5}
+    several, one = plain(), plain()
+    several.print(samples_table([sample | {"rewards": {"right": 1.0, "short": float("nan")}}], 3))
+    assert re.search(r"0.5 │\n.*right 1 │\n.*short – │", output(several))
+    one.print(samples_table([sample | {"rewards": {"right": 0.5}}, {**sample, "reward": 0.25}], 3))
+    assert "right" not in output(one)
 
 
 def test_units_say_what_a_config_implies():

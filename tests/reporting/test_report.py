@@ -17,6 +17,9 @@ import jaxrl_llm
 from jaxrl_llm import cli
 from jaxrl_llm.reporting import RunDirectory
 from jaxrl_llm.reporting.drawn_curves import kl_curves, pass_curves, series, smoothed, smoothing_of, stages
+from jaxrl_llm.reporting.figures import Drawn
+from jaxrl_llm.reporting.figures import _curve as curve_of
+from jaxrl_llm.reporting.figures import _pass_at_k as draw_pass_at_k
 from jaxrl_llm.reporting.file_columns import COMPLETION, FILES
 from jaxrl_llm.reporting.machine_report import memory_in_use
 from jaxrl_llm.reporting.metric_alarms import alarms
@@ -100,10 +103,22 @@ def test_every_metric_has_its_panel_and_none_is_drawn_twice(run):
 def test_the_reward_is_drawn_against_the_divergence():
     kl = [{"kl_reference_per_token": 0.1 * step} if step else {} for step in range(3)]
     lines = [one | {"step": step, "reward": step, "correct_share": 1 - step} for step, one in enumerate(kl)]
-    found = kl_curves(ReportedRun("one", Path(), {}, lines, [], {}))
+    found = kl_curves([ReportedRun("one", Path(), {}, lines, [], {})], ["one"])
     assert [curve["name"] for curve in found] == ["one, reward", "one, correct_share"]
-    assert found[1] == {"name": "one, correct_share", "kl": [0.1, 0.2], "value": [0, -1]}
-    assert kl_curves(ReportedRun("one", Path(), {}, lines[:2], [], {})) == []
+    assert found[1] == {"name": "one, correct_share", "step": [1, 2], "kl": [0.1, 0.2], "value": [0, -1], "spacing": 1}
+    assert kl_curves([ReportedRun("one", Path(), {}, lines[:2], [], {})], ["one"]) == []
+    # Two seeds: the mean of both at each step of the last stage; and a curve for each stage.
+    later = [one | {"stage": "rl", "step": one["step"] + 5} for one in lines]
+    more = [one | {"reward": 3 * one["reward"]} for one in lines]
+    runs = [ReportedRun("a", Path(), {}, lines, [], {}), ReportedRun("b", Path(), {}, more, [], {})]
+    assert kl_curves(runs, ["a", "a"])[0] | {"step": []} == {
+        **found[0],
+        "name": "a, reward",
+        "value": [2, 4],
+        "step": [],
+    }
+    names = [curve["name"] for curve in kl_curves([ReportedRun("a", Path(), {}, [*lines, *later], [], {})], ["a"])]
+    assert names == ["a, reward, ", "a, reward, rl", "a, correct_share, ", "a, correct_share, rl"]
 
 
 @pytest.mark.parametrize(
@@ -219,7 +234,16 @@ def test_seeds_share_a_curve_and_what_differs_is_listed(tmp_path):
     assert data["groups"] == ["seed0 and 2 more seeds", "other"]
     assert [row[0] for row in different_settings(runs)] == ["name", "seed", "training.learning_rate"]
     assert data["runs"][0]["series"]["reward"][0][:2] == [-19, -18]  # the last stage starts at step 21
-    assert not any(one["stages"] for one in data["runs"])
+    assert [stage["step"] for stage in data["runs"][0]["stages"]] == [-19, 1]
+    assert [curve["name"] for curve in data["pass_at_k"]] == [
+        f"{group}, {when}" for group in data["groups"] for when in ("before", "after")
+    ]
+    page = " ".join(rendered(runs).split())
+    assert "Seeds are drawn as the mean of their smoothed curves" in page
+    assert "Faint lines of single runs are the numbers of each step" in page
+    assert "Step 1 is the first of the last stage" in page
+    alone = " ".join(rendered(runs[:3]).split())
+    assert "Faint lines" not in alone
     rows = {row["name"]: row for row in headlines(runs, ["a", "a", "a", "b"])[0][1]}
     assert rows["greedy"]["interval"] == [0.5, 0.5]
 
@@ -307,8 +331,97 @@ def test_every_chart_is_a_file_for_papers(capsys, tmp_path, form, start):
 
 
 def test_a_smoothed_curve_starts_unbiased_and_keeps_gaps():
-    values = smoothed([1.0, None, 3.0, *[3.0] * 40], 0.5)
+    values = smoothed([1, 2, 3, 4], [1.0, None, 3.0, 3.0], 0.5)
     assert values[0] == 1.0
     assert math.isnan(values[1])
-    assert values[2] == pytest.approx(1.0 / 3 + 3.0 * 2 / 3)
-    assert list(smoothed([1.0, 5.0])) == [1.0, 5.0]
+    assert values[2] == pytest.approx((0.25 * 1.0 + 3.0) / 1.25)  # the gap counts as a step
+    assert smoothed([0, 20], [1.0, 5.0])[1] == pytest.approx(5.0, abs=0.05)  # measured rarely
+    assert smoothed([0, 20], [1.0, 5.0], 0.5, spacing=20)[1] == pytest.approx(11 / 3)
+    assert list(smoothed([1, 2], [1.0, 5.0], 0.0)) == [1.0, 5.0]
+
+
+def test_what_is_set_and_not_measured_is_not_smoothed():
+    exact = ("learning_rate", "coefficient/kl", "parameter_norm", "device_memory_gib")
+    assert [smoothing_of(name) for name in (*exact, "reward", "my_own_number")] == [0, 0, 0, 0, 0.8, 0.8]
+
+
+STYLE = {"colour": "k", "dash": "-", "label": "loss"}
+
+
+class Axes:
+    """Records the curves drawn on it."""
+
+    def __init__(self):
+        self.lines, self.bands = [], 0
+
+    def plot(self, x, y, *form, **style):
+        self.lines.append((list(x), list(y), style.get("label")))
+
+    def fill_between(self, *curve, **style):
+        self.bands += 1
+
+
+def test_a_curve_is_smoothed_and_drawn_within_each_stage():
+    one = Drawn("one", {"loss": [[1, 2, 3, 4], [10.0, 10.0, 1.0, 1.0]]}, [1, 3], 1.0)
+    axes = Axes()
+    curve_of(axes, "loss", [one], **STYLE)
+    smooth = [line for line in axes.lines if line[2] is not None]
+    assert smooth == [([1, 2], [10.0, 10.0], "loss"), ([3, 4], [1.0, 1.0], "")]
+    assert len(axes.lines) == 4  # and the raw numbers of both
+    seeds = Axes()
+    curve_of(seeds, "loss", [one, one], **STYLE)
+    assert (len(seeds.lines), seeds.bands) == (2, 2)
+    settings = Axes()
+    curve_of(settings, "learning_rate", [one._replace(series={"learning_rate": one.series["loss"]})], **STYLE)
+    assert len(settings.lines) == 2  # no raw numbers beneath
+
+
+def test_long_curves_are_not_averaged_over_the_border_of_stages():
+    lines = [{"step": step, "stage": "a" if step <= 1001 else "b", "x": float(step > 1001)} for step in range(1, 5001)]
+    run = ReportedRun("one", Path(), {}, lines, [], {})
+    assert stages(run, from_last_stage=True) == [{"name": "a", "step": -1000}, {"name": "b", "step": 1}]
+    assert set(series(run)["x"][1]) == {0.0, 1.0}
+
+
+def test_shares_that_are_all_0_have_the_whole_axis():
+    figure = pytest.importorskip("matplotlib.figure").Figure
+    for mean, top in (([0.0, 0.0], 1.0), ([0.25, 0.5], None)):
+        axes = figure().add_subplot()
+        draw_pass_at_k(axes, [{"name": "a", "k": [1, 2], "mean": mean, "low": mean, "high": mean}])
+        assert axes.get_ylim()[0] >= 0
+        assert top is None or axes.get_ylim() == (0, top)
+
+
+def test_the_pass_curves_of_seeds_are_averaged(run):
+    worse = type(run)(
+        **{**vars(run), "evaluations": {"before": run.evaluations["before"], "after": run.evaluations["before"]}}
+    )
+    alone, together = pass_curves([run], ["a"])[1], pass_curves([run, worse], ["a", "a"])
+    assert [curve["name"] for curve in together] == ["a, before", "a, after"]
+    assert together[1]["mean"] == pytest.approx([(0.375 + 0.125) / 2, (0.75 + 0.25) / 2])
+    assert together[1]["high"] == alone["mean"] == pytest.approx([0.375, 0.75])
+    assert together[1]["low"] == pytest.approx([0.125, 0.25])
+    assert alone["low"][0] < 0.375 < alone["high"][0]
+
+
+def test_each_reward_is_shown_with_what_it_adds():
+    def line(step, right):
+        own = {"reward/right": right, "reward/right_applies": 0.5, "reward/right_weight": 2.0}
+        other = {"reward/short_applies": 0.0, "reward/short_weight": -1.0}  # its mean is not defined
+        return {"step": step, "stage": "rl", "reward": right} | own | other
+
+    lines = [{"step": 0, "stage": "warm start", "loss": 1.0}, *(line(step, step / 20) for step in range(1, 21))]
+    first, last = 0.075, 0.975
+    shared = {"first": pytest.approx(first), "last": pytest.approx(last)}
+    adds = {"adds_first": pytest.approx(first), "adds_last": pytest.approx(last)}
+    rows = reward_rows(lines)
+    assert rows == [
+        {"name": "right", "weight": 2.0} | shared | adds,
+        {"name": "short", "weight": -1.0, "first": None, "last": None, "adds_first": 0, "adds_last": 0},
+        {"name": None, "weight": None} | shared | adds,
+    ]
+    assert reward_rows(lines[:1]) == reward_rows([]) == []
+    run = ReportedRun("one", Path(), {}, lines, [], {})
+    assert reward_tables([run, run], ["a", "a"]) == [("a", 2, rows)]
+    assert '<th scope="row">short</th><td>-1</td><td>–</td>' in rendered([run])
+    assert not [name for panel in panels(list(series(run))) for name in panel.metrics if name.endswith("_weight")]

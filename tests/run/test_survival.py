@@ -29,9 +29,11 @@ from jaxrl_llm.config import Config, load_config
 from jaxrl_llm.experience import Prompts
 from jaxrl_llm.reporting import RunDirectory, ownership
 from jaxrl_llm.reporting.metric_alarms import Alarms
+from jaxrl_llm.reporting.metric_table import undefined
 from jaxrl_llm.reporting.run_directory import read_records
 from jaxrl_llm.run import checkpoints, failures
 from jaxrl_llm.run.interruption import Abandoned, Interruption, attended
+from jaxrl_llm.run.nonfinite import not_finite
 from jaxrl_llm.run.resuming import resume_step
 from jaxrl_llm.training import Resources, Rollout, make_train_step
 
@@ -800,6 +802,16 @@ RUNS = {
     "entropy": ([{"entropy_per_token": 1.0}] * 10 + [{"entropy_per_token": 0.01}] * 20, "entropy has collapsed", 20),
     "length": ([{"completion_tokens": 10.0}] * 10 + [{"completion_tokens": 50.0}] * 10, "have grown from 10", 15),
     "cut": ([{"truncated_share": 0.8}] * 12, "80% of the completions are truncated", 10),
+    "turns": (
+        [{"truncated_share": 0.9, "episode/stopped_by_turn_limit": 0.9, "episode/stopped_by_token_limit": 0.0}] * 12,
+        "cut off before they are over: 90% at the environment's limit on turns",
+        10,
+    ),
+    "two limits": (
+        [{"truncated_share": 0.6, "episode/stopped_by_turn_limit": 0.2, "episode/stopped_by_token_limit": 0.4}] * 12,
+        "20% at the environment's limit on turns and 40% at max_completion_tokens",
+        10,
+    ),
     "gap": ([{"sampler_gap_mean": 0.3}] * 12, "sampler and trainer disagree", 10),
     "constant": ([{"constant_group_share": 1.0}] * 12, "they give no gradient", 10),
     "hacking": (
@@ -808,7 +820,12 @@ RUNS = {
         "may be exploiting the reward",
         5,
     ),
-    "silent": ([{"reward/format_std": 0.0, "reward/right_std": 0.1}] * 25, "every completion of 20 steps, or applied to none: format;", 20),
+    "silent": (
+        [{"reward/format_std": 0.0, "reward/right_std": 0.1}] * 25,
+        "every completion of 20 steps, or applied to none: format;",
+        20,
+    ),
+    "never applies": ([{"reward/rare_applies": 0.0, "reward/right_std": 0.1}] * 25, "applied to none: rare;", 20),
     "verifier": (
         [{"reward": 0.01 * n, "correct_share": 0.5 - 0.01 * max(0, n - 20)} for n in range(40)],
         "while correct_share (completions accepted by the first reward) has fallen (50.0% to 44.5%)",
@@ -816,6 +833,13 @@ RUNS = {
     ),
     "good": ([{"reward": 0.1 * n, "entropy_per_token": 1.0, "constant_group_share": 0.9} for n in range(30)], None, 0),
 }  # fmt: skip
+
+
+def test_what_is_not_defined_is_no_fault():
+    nan = float("nan")
+    absent = {"starc/a": nan, "reward_correlation/a/length": nan, "source/b/reward": nan, "metric/mine": nan}
+    assert undefined({**absent, "reward": nan, "my_own": nan, "reward/a": 0.5}) == absent.keys()
+    assert not_finite({**absent, "loss": nan, "reward/a": float("inf")}) == ["loss", "reward/a"]
 
 
 @pytest.mark.fault(
