@@ -240,11 +240,15 @@ def run_stage(
     counted = stage.parts.config.training.prompts_per_step * stage.parts.config.rollout.samples_per_prompt
     with _progress(run, stage, counted) as progress, run.timed(stage.name):
         rates, mark = learning_rates(stage.parts.config.training, stage.steps, state), time.monotonic()
+        # A step of one program ends when its metrics are there. One with host parts waits for its own samples and those
+        # of the step before; when its metrics are read, the next one has already waited.
+        one_program = len(stage.parts.step.segments) == 1
 
-        def report(done: int, metrics: dict[str, Any], rows: Experience, items: list) -> None:
+        def report(done: int, metrics: dict[str, Any], rows: Experience, items: list, returned: float) -> None:
             nonlocal mark
             shown = looked_at(run, jax.device_get(metrics), done, offset, stage.name, rows)
-            seconds, mark = time.monotonic() - mark, time.monotonic()
+            ended = time.monotonic() if one_program else returned
+            seconds, mark = ended - mark, ended
             shown |= {"learning_rate": float(rates[done - first - 1]), "seconds": seconds} | memory_in_use()
             if stage.samples and "completion_tokens" in shown:
                 tokens = shown["completion_tokens"] * counted
@@ -280,7 +284,7 @@ def run_stage(
             choices = next_choices(choices, new_state)
             if unread is not None:
                 report(*unread)
-            state, unread = new_state, (done, metrics, rows, items)
+            state, unread = new_state, (done, metrics, rows, items, time.monotonic())
             reached = False
             if stage.probe_every_steps and done % stage.probe_every_steps == 0 and (done < stage.steps or not last):
                 run.watch.allow()  # a resumed run compiles its evaluation here
