@@ -223,8 +223,9 @@ def formats_page() -> str:
         "counts. Without a prompt it is what the completions of a line begin with. Every line may have a `weight`, "
         "pairs a `margin`, rankings in any order `ranks` (0 is best, equal for ties). Columns of TRL "
         "(`chosen`, `completions` of labelled steps), UltraFeedback (`score_chosen`) and HelpSteer "
-        "(`response`, `preference_strength`) are recognised; `columns` names others. Ties and equal sides are errors, or with `unusable: drop` left out and counted.",
-        markdown_table(["source", "a line", "its rows know"], told),
+        "(`response`, `preference_strength`) are recognised; `columns` names others. Ties "
+        "and equal sides are errors, or with `unusable: drop` left out and counted.",
+        markdown_table(["source", "a line", "fields of its rows"], told),
         "## `metrics.jsonl`\n\n[Metrics](metrics.md).",
     ]
     for title, keys in files:
