@@ -167,7 +167,7 @@ def restored_network(path: str | Path, name: str) -> tuple[Model, Network, PyTre
     else:
         known = ", ".join((POLICY, *built.step.composition.networks))
         raise checkpoints.CheckpointError(
-            f"run {path} has no network {name!r}; set `of` to one of its networks: {known}"
+            f"run {path} has no network {name!r}; its networks are {known} (`networks.NAME.of` names one)"
         )
     params = stored_states.restore_params(folder, step, like, network=name)
     return network.model or built.model, network, params
