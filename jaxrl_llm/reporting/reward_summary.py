@@ -15,7 +15,7 @@ def reward_rows(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
     A row has `name` (None for the sum), `weight`, `first` and `last` (means over the first and the last tenth of the
     stage's steps; None if the reward applied to no completion), and `adds_first` and `adds_last`: the weight times the
-    mean times the share of completions that the reward applies to.
+    mean times the share of the rewarded completions that the reward applies to.
 
     Args:
       records: of a metrics.jsonl.
@@ -34,7 +34,7 @@ def reward_rows(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         key, row = f"reward/{name}", {"name": name, "weight": weight}
         for when, part in parts.items():
             row[when] = _mean([record[key] for record in part if key in record])
-            row[f"adds_{when}"] = _mean([weight * r.get(key, 0.0) * r.get(f"{key}_applies", 1.0) for r in part])
+            row[f"adds_{when}"] = _mean([weight * record.get(key, 0.0) * _applies(key, record) for record in part])
         rows.append(row)
     if rows and (len(rows) > 1 or rows[0]["weight"] != 1):
         whole = {
@@ -53,6 +53,12 @@ def reward_tables(runs: Sequence[ReportedRun], groups: Sequence[str]) -> list[tu
         if members:
             found.append((group, len(members), [_averaged(same) for same in zip(*members, strict=False)]))
     return found
+
+
+def _applies(reward: str, record: Mapping[str, Any]) -> float:
+    """Share of the rewarded completions that a reward applies to."""
+    rewarded = 1.0 - record.get("unrated_share", 0.0)
+    return record.get(f"{reward}_applies", 1.0) / rewarded if rewarded > 0 else 0.0
 
 
 def _averaged(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:

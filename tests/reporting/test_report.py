@@ -408,7 +408,9 @@ def test_each_reward_is_shown_with_what_it_adds():
     def line(step, right):
         own = {"reward/right": right, "reward/right_applies": 0.5, "reward/right_weight": 2.0}
         other = {"reward/short_applies": 0.0, "reward/short_weight": -1.0}  # its mean is not defined
-        return {"step": step, "stage": "rl", "reward": right} | own | other
+        unrated = 0.5 * (step == 20)
+        own["reward/right_applies"] *= 1 - unrated
+        return {"step": step, "stage": "rl", "reward": right, "unrated_share": unrated} | own | other
 
     lines = [{"step": 0, "stage": "warm start", "loss": 1.0}, *(line(step, step / 20) for step in range(1, 21))]
     first, last = 0.075, 0.975
