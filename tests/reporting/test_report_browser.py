@@ -11,8 +11,10 @@ import shutil
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from jaxrl_llm.reporting.drawn_curves import series, smoothed
 from jaxrl_llm.reporting.report import write_report
 from jaxrl_llm.reporting.reported_run import read_run
 
@@ -86,9 +88,24 @@ def test_everything_is_drawn_and_fits_the_screen(browser, page, width):
     assert browser.execute_script("return document.documentElement.scrollWidth") <= width
     offered = {each.get_attribute("data-title") for each in browser.find_elements("css selector", ".modebar-btn")}
     assert offered == {"Download plot", "Zoom", "Pan", "Zoom in", "Zoom out", "Reset axes"}  # nothing leaves the page
-    constant = browser.execute_script("return new Set(averaged(data.groups[0], 'correct_share', 0.8).mean).size")
-    assert constant == 1
+    constant = "return new Set(averaged(data.groups[0], 'correct_share', 0.8).parts.flatMap(part => part.mean)).size"
+    assert browser.execute_script(constant) == 1
     assert browser.get_log("browser") == []
+
+
+def test_the_page_smooths_as_the_figures_do_within_each_stage(browser, page):
+    opened(browser, page, 1440)
+    runs = [read_run(page.parent / f"run{seed}") for seed in range(2)]
+    own = [series(run, from_last_stage=True)["gradient_norm"] for run in runs]
+    parts = browser.execute_script("return averaged(data.groups[0], 'gradient_norm', 0.8).parts")
+    assert [(part["x"][0], part["x"][-1]) for part in parts] == [(-19, 0), (1, 980)]
+    for part, piece in zip(parts, (slice(0, 20), slice(20, 1000)), strict=True):
+        both = np.array([smoothed(steps[piece], values[piece]) for steps, values in own])
+        assert part["mean"] == pytest.approx(both.mean(0), rel=1e-5)
+        assert part["high"] == pytest.approx(both.max(0), rel=1e-5)
+    drawn = "return curves(data.panels.find(panel => panel.metrics.includes('learning_rate')), 0.8)"
+    assert {value for trace in browser.execute_script(drawn) for value in trace["y"]} == {1e-4}
+    assert browser.execute_script("return shareAxis([{y: [0, 0]}])") == {"range": [0, 1]}
 
 
 def test_filters_leave_what_fits_and_texts_stay_text(browser, page):
