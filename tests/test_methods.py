@@ -25,6 +25,7 @@ from jaxrl_llm.network_names import compared_with
 from jaxrl_llm.rows import Written, demonstrations
 from jaxrl_llm.run.batches import demonstration_batches, prompt_batches
 from jaxrl_llm.run.explain import step_shapes
+from jaxrl_llm.run.nonfinite import not_finite
 from jaxrl_llm.run.problems import data_sets
 from jaxrl_llm.run.setup import Parts, parts
 from jaxrl_llm.run.staged import staged
@@ -485,7 +486,7 @@ def a_stage_trains(built: Parts, start: Any) -> None:
     assert int(state.step) == 3
     for metrics in seen:
         assert {f"loss/{term.name}" for term in built.step.composition.losses} <= metrics.keys()
-        assert not {label: float(value) for label, value in metrics.items() if not np.isfinite(value)}
+        assert not not_finite({label: float(value) for label, value in metrics.items()})
     if built.step.composition.rollout is not None and built.config.task.name not in UNSOLVED:
         assert 0 < sum(metrics["correct_share"] for metrics in seen) < 3, "the test needs right and wrong answers"
     if "gradient_norm" in seen[-1]:  # the policy is not updated while only a reward model is trained

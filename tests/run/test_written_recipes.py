@@ -28,6 +28,7 @@ from jaxrl_llm.models.transformer_config import TransformerConfig
 from jaxrl_llm.rollout.hidden_states import predicting_hidden
 from jaxrl_llm.run.batches import prompt_batches
 from jaxrl_llm.run.explain import trace
+from jaxrl_llm.run.nonfinite import not_finite
 from jaxrl_llm.run.problems import data_sets
 from jaxrl_llm.run.restored import restored_network
 from jaxrl_llm.run.setup import Parts, parts
@@ -107,7 +108,7 @@ def learned(config: Config, steps: int) -> list[dict[str, float]]:
     for index in range(steps):
         state, metrics = built.step(state, written=rows(index))
         seen.append({name: float(value) for name, value in jax.device_get(metrics).items()})
-        assert not {name: value for name, value in seen[-1].items() if not np.isfinite(value)}
+        assert not not_finite(seen[-1])
     return seen
 
 
@@ -314,7 +315,7 @@ def test_a_student_comes_near_a_larger_teacher(data_directory, teacher):
     for index in range(12):
         state, metrics = built.step(state, prompts[index].prompts)
         seen.append({name: float(value) for name, value in jax.device_get(metrics).items()})
-        assert not {name: value for name, value in seen[-1].items() if not np.isfinite(value)}
+        assert not not_finite(seen[-1])
     assert seen[-1]["teacher_kl/teacher_reverse_kl"] < 0.85 * seen[0]["teacher_kl/teacher_reverse_kl"]
     assert "gradient_norm/teacher" not in seen[-1]
 
