@@ -91,7 +91,8 @@ def _foreseen(error: BaseException, options: argparse.Namespace) -> tuple[int, s
     failed = (
         *_raised("run.nonfinite", "TrainingError"),
         *_raised("rewards.host", "RewardError"),
-        *_raised("rollout.engine_http", "EndpointError"),
+        *_raised("endpoints", "EndpointError"),
+        *_raised("evaluation.grading", "GraderError"),
         *_raised("run.failures", "StorageError"),
     )
     if isinstance(error, failed):

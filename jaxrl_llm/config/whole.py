@@ -119,6 +119,11 @@ class Config:
             )
 
     @property
+    def warm_start_steps(self) -> int:
+        """Steps of the warm start of this run: none over the policy of another run, unless it asks for them."""
+        return self.warm_start.steps if self.init_from is None or self.init_from.warm_start else 0
+
+    @property
     def has_problems(self) -> bool:
         """Whether there are problems for training and evaluation."""
         return self.task is not None or self.data.path is not None or bool(self.data.sources)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -97,8 +98,14 @@ class HostEpisodes(NamedTuple):
 
 
 @contextmanager
-def opened(environment: HostEnvironment) -> Iterator[Caller]:
+def opened(
+    environment: HostEnvironment, *, log: Path | None = None, stop: Callable[[], None] = lambda: None
+) -> Iterator[Caller]:
     """A context with the caller of the environment's functions; its processes end with the context.
+
+    Args:
+      environment: the environment.
+      log, stop: as for `caller`.
 
     Raises:
       ValueError: for an invalid limit, executor, deadline or `on_failure`.
@@ -112,6 +119,8 @@ def opened(environment: HostEnvironment) -> Iterator[Caller]:
         executor=environment.executor,
         workers=environment.workers,
         deadline_seconds=environment.deadline_seconds,
+        log=log,
+        stop=stop,
     ) as call:
         yield call
 

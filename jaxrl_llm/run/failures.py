@@ -11,7 +11,10 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from jaxrl_llm.endpoints import EndpointError
+from jaxrl_llm.evaluation import GraderError
 from jaxrl_llm.parallel.peers import LOST
+from jaxrl_llm.rewards import RewardError
 
 # Beginnings of messages of temporary failures of storage and devices (absl status codes of XLA and TensorStore).
 _PASSING = ("UNAVAILABLE", "INTERNAL", "DATA_LOSS", "ABORTED", "DEADLINE_EXCEEDED", "CANCELLED")
@@ -90,6 +93,22 @@ def named(directory: Path, way_on: Callable[[], str]) -> Iterator[None]:
             if inside and (clause := storage_fault(one)) is not None:
                 raise StorageError(f"run {directory} cannot be written: {name}: {clause}; {way_on()}") from error
         raise
+
+
+@contextlib.contextmanager
+def continued(opened: Callable[[], bool], way_on: Callable[[], str]) -> Iterator[None]:
+    """A context that adds the way to continue to an error of a function, a judge, an engine or an environment.
+
+    Args:
+      opened: returns whether the run has begun; errors before it are about the config.
+      way_on: as for `named`.
+    """
+    try:
+        yield
+    except (RewardError, EndpointError, GraderError) as error:
+        if not opened():
+            raise
+        raise type(error)(f"{error}; {way_on()}") from error
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
