@@ -36,7 +36,7 @@ class HostEnvironment(NamedTuple):
       executor: "thread", "process" or "sandbox" (see `jaxrl_llm.rollout.host_calls.caller`). None: "process" if a
         config names the environment and its functions can be pickled, else "thread".
       on_failure: what happens if a call of `step` raises an exception, hangs or returns an invalid value: "error" ends
-        the run with a message, "observation" continues with `failure_observation`.
+        the run with a message, its state before the step saved; "observation" continues with `failure_observation`.
       failure_observation: observation after such a turn.
       failure_reward: reward of such a turn.
       failure_ends: whether such a turn ends the episode; else the episode continues from the state before the turn.

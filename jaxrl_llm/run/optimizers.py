@@ -101,8 +101,8 @@ def long_warmup(training: TrainingConfig, section: str = "training") -> str:
     if training.warmup_steps < max(updates, 1):
         return ""
     return (
-        f"{section}.warmup_steps is {training.warmup_steps}, but there are only {updates} updates, so the learning rate "
-        f"never reaches {training.learning_rate:g}; lower it, or train for more steps"
+        f"{section}.warmup_steps is {training.warmup_steps}, but there are only {updates} updates, so the learning "
+        f"rate never reaches {training.learning_rate:g}; lower it, or train for more steps"
     )
 
 
