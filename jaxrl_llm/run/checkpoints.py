@@ -72,11 +72,11 @@ def _why(config: Config, changed: Sequence[str]) -> str:
     """The reason where the number of steps is among the changed keys; "" otherwise."""
     if any(one.startswith("training.steps ") for one in changed):
         return (
-            f" (training.schedule is {config.training.schedule!r}, so the learning rate of every step depends on "
-            "training.steps, which may only change under a constant schedule)"
+            f"; training.steps may only change under a constant schedule, since training.schedule "
+            f"{config.training.schedule} makes the learning rate of every step depend on it"
         )
     if any(re.match(r"stages\.\d+\.training\.steps ", one) for one in changed):
-        return " (the number of steps of an entry of stages may not change)"
+        return "; the number of steps of an entry of stages may not change"
     return ""
 
 

@@ -267,7 +267,11 @@ def raising(completions):
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        (raising, r"'judge' raised ZeroDivisionError: .* at row 0 \(completion '.*'\); catch the case in the function"),
+        (
+            raising,
+            r"'judge' raised ZeroDivisionError: .* at row 0 \(completion '.*'\); catch the case in the function .*, or "
+            "give value_on_failure to go on$",
+        ),
         (at_row(float("-inf")), r"'judge' returned -inf at row 5 .* must be finite .* return a number such as 0\.0"),
         (lambda completions: [0.0] * 7, "'judge' returned 7 values for 8 rows; it must return .* 8 floats"),
         (lambda completions: 0.5, "'judge' returned a float for 8 rows"),
@@ -276,6 +280,19 @@ def raising(completions):
 def test_a_reading_that_fails_is_named_with_its_row_and_a_remedy(rows, function, message):
     with pytest.raises(RewardError, match=message):
         column(rows, function)
+
+
+def test_of_a_shipped_function_the_remedy_is_not_to_edit_it(rows):
+    from jaxrl_llm.rewards import number_match
+
+    for function in (number_match, Guarded(partial(number_match), "judge")):
+        assert host._shipped(function)
+        asked = Reading(function, "judge")
+        said = str(host._told(asked, ValueError("no number"), {}, 3))
+        assert said.endswith("raised ValueError: no number at row 3; give value_on_failure, the value of such "
+                             "completions, to go on")  # fmt: skip
+    assert not host._shipped(guarded._staying(raising))
+    assert not host._shipped(partial(raising))
 
 
 @pytest.mark.parametrize("value", [float("nan"), None])
