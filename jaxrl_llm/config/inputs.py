@@ -287,11 +287,11 @@ ModelConfig = Annotated[
 
 @dataclass(frozen=True)
 class WarmStartConfig:
-    """Supervised steps on reference solutions before reinforcement; with 0 steps there are none. A run that starts from
-    another one (`init_from`) leaves them out, unless `init_from.warm_start` is true.
+    """Supervised steps on reference solutions before reinforcement; with 0 steps there are none.
 
     Attributes:
-      steps: at most this many updates.
+      steps: at most this many updates. A run that starts from another one (`init_from`) makes none, unless
+        `init_from.warm_start` is true.
       sequences_per_step: demonstrations in a batch.
       learning_rate: peak, reached after `warmup_steps`, then constant.
       warmup_steps: steps of the linear rise.

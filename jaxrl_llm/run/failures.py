@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from jaxrl_llm.endpoints import EndpointError
 from jaxrl_llm.evaluation import GraderError
@@ -96,19 +97,17 @@ def named(directory: Path, way_on: Callable[[], str]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def continued(opened: Callable[[], bool], way_on: Callable[[], str]) -> Iterator[None]:
+def continued(interruption: Any) -> Iterator[None]:
     """A context that adds the way to continue to an error of a function, a judge, an engine or an environment.
 
-    Args:
-      opened: returns whether the run has begun; errors before it are about the config.
-      way_on: as for `named`.
+    Before the run has begun (`Interruption.opened`) there is none.
     """
     try:
         yield
     except (RewardError, EndpointError, GraderError) as error:
-        if not opened():
+        if not interruption.opened:
             raise
-        raise type(error)(f"{error}; {way_on()}") from error
+        raise type(error)(f"{error}; {interruption.way_on()}") from error
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

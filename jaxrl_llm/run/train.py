@@ -100,7 +100,7 @@ def train(
     )
     with contextlib.ExitStack() as stack:
         stack.enter_context(named(config.directory, interruption.way_on))
-        stack.enter_context(continued(lambda: interruption.opened, interruption.way_on))
+        stack.enter_context(continued(interruption))
         mirror = stack.enter_context(mirrored(config, resume, say))
         interruption.brought = str if mirror is None else mirror.brought
         if resume and hosts.is_main():

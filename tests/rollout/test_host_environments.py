@@ -166,8 +166,8 @@ def test_a_reset_that_hangs_names_its_item():
 @pytest.mark.fault(
     "functions",
     "an environment in Python hangs, crashes, raises or returns an object that cannot be pickled",
-    "the run ends and names the row, the state before the step is saved; with `on_failure: observation` only the turn of "
-    "that row fails, and its process is replaced",
+    "the run ends and names the row, the state before the step is saved; with `on_failure: observation` only the turn "
+    "of that row fails, and its process is replaced",
 )
 def test_processes_that_hang_or_die_are_replaced(processes, log):
     environment, call = processes

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from jaxrl_llm.parallel import hosts
 from jaxrl_llm.rollout.host_environments import EnvironmentFailure, HostEnvironment, host_step
 from jaxrl_llm.run import host_processes
 from jaxrl_llm.run.host_processes import opened_environment
@@ -26,13 +26,15 @@ def test_an_error_of_an_environment_names_the_log_of_its_process(tmp_path, monke
         yield Parts(*[None] * 5, SimpleNamespace(), call=lambda name, calls: [Returned(error="raised OSError: no")])
 
     monkeypatch.setattr(host_processes, "opened_parts", opened_parts)
-    config = SimpleNamespace(directory=tmp_path, place="s3://bucket/run")
-    stop = lambda: stops.append(1)  # noqa: E731
-    with opened_environment(config, SimpleNamespace(environment=environment), stop) as ready:
-        with pytest.raises(EnvironmentFailure) as caught:
-            host_step(environment, [0], ["a"], ready.call)
+    config: Any = SimpleNamespace(directory=tmp_path, place="s3://bucket/run")
+    built: Any = SimpleNamespace(environment=environment)
+
+    def stop():
+        stops.append(1)
+
+    with opened_environment(config, built, stop) as ready, pytest.raises(EnvironmentFailure) as caught:
+        host_step(environment, [0], ["a"], ready.call)
     assert given == {"log": tmp_path / "logs" / "environment.log", "stop": stop}
     assert stops
     told = "(its traceback and output are in s3://bucket/run/logs/environment.log)" in str(caught.value)
     assert told == named
-    assert hosts.is_main()

@@ -86,5 +86,8 @@ def test_remarks_name_the_step_of_the_records_too(tmp_path):
     (said,) = remarks.on(held, ending, 2, {"reward": 0.0}, 16)
     assert "at step 1 of the reinforcement (71 in metrics.jsonl), for 1 values" in said
     for before, where in ((0, "step 1 of the warm start: "), (70, "step 1 of the warm start (71 in metrics.jsonl): ")):
-        (alarm,) = Remarks().on(run(tmp_path, before), stage(WARM_START), 1, {"sampler_gap": 1.0}, 16)
+        remarks = Remarks()
+        for done in range(-8, 1):
+            assert remarks.on(run(tmp_path, before), stage(WARM_START), done, {"sampler_gap_mean": 1.0}, 16) == []
+        (alarm,) = remarks.on(run(tmp_path, before), stage(WARM_START), 1, {"sampler_gap_mean": 1.0}, 16)
         assert alarm.startswith(f"alarm at {where}")

@@ -714,15 +714,14 @@ def test_faults_are_told_apart(error, passes, clause):
 )
 @pytest.mark.parametrize("kind", [RewardError, EnvironmentFailure, EndpointError, GraderError])
 def test_what_fails_outside_of_a_step_comes_with_the_way_on_too(tmp_path, capsys, kind):
-    interruption = Interruption(tmp_path, print, lambda: saved)
     for opened, saved, way_on in (
         (False, None, ""),  # before the run has begun there is nothing to continue
         (True, None, f"; no checkpoint yet; begin anew with: jaxrl train --resume {tmp_path}"),
         (True, 70, f"; the last good checkpoint is step 70; go on with: jaxrl train --resume {tmp_path}"),
     ):
         (tmp_path / "config.yaml").touch()
-        interruption.opened = opened
-        with pytest.raises(kind) as caught, failures.continued(lambda: interruption.opened, interruption.way_on):
+        interruption = Interruption(tmp_path, print, lambda saved=saved: saved, opened=opened)
+        with pytest.raises(kind) as caught, failures.continued(interruption):
             raise kind("the game server is down")
         assert str(caught.value) == f"the game server is down{way_on}"
         options = argparse.Namespace(traceback=False)

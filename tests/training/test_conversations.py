@@ -169,9 +169,7 @@ def test_an_environment_that_fails_leaves_a_state_to_go_on_from(config_of, tmp_p
     few = "evaluation={problems: 1, samples_per_problem: 1, k: [1], sequences_per_batch: 2}"
     config = config_of("guess", f"run_dir={tmp_path / 'run'}", few, "training.steps=1")
     monkeypatch.setattr(own_environment, "step", failing)
-    with pytest.raises(
-        EnvironmentFailure, match=r"game server is down for row .*begin anew with: jaxrl train --resume"
-    ):
+    with pytest.raises(EnvironmentFailure, match=r"server is down for row .*begin anew with: jaxrl train --resume"):
         train(config)
     fails = [next(calls) + 7]  # the evaluation before takes six turns at most
     with pytest.raises(EnvironmentFailure, match=r"server is down for row .*checkpoint is step 0; .*train --resume"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,8 @@ import numpy as np
 import pytest
 
 from jaxrl_llm.experience import Prompts
-from jaxrl_llm.rewards import RewardError
+from jaxrl_llm.rewards import Guarded, RewardError, guarded, host
+from jaxrl_llm.rewards.host import Reading
 from jaxrl_llm.signatures import reading
 from jaxrl_llm.training import Fill, Reward
 from jaxrl_llm.training.reading import Context, columns_of, reading_part, reads_items
@@ -282,15 +284,13 @@ def test_a_reading_that_fails_is_named_with_its_row_and_a_remedy(rows, function,
         column(rows, function)
 
 
-def test_of_a_shipped_function_the_remedy_is_not_to_edit_it(rows):
+def test_of_a_shipped_function_the_remedy_is_not_to_edit_it():
     from jaxrl_llm.rewards import number_match
 
     for function in (number_match, Guarded(partial(number_match), "judge")):
         assert host._shipped(function)
-        asked = Reading(function, "judge")
-        said = str(host._told(asked, ValueError("no number"), {}, 3))
-        assert said.endswith("raised ValueError: no number at row 3; give value_on_failure, the value of such "
-                             "completions, to go on")  # fmt: skip
+        said = str(host._told(Reading(function, "judge"), ValueError("no number"), {}, 3))
+        assert said.endswith("no number at row 3; give value_on_failure, the value of such completions, to go on")
     assert not host._shipped(guarded._staying(raising))
     assert not host._shipped(partial(raising))
 
