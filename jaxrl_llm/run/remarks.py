@@ -9,11 +9,13 @@ from typing import Any
 from jaxrl_llm.config import Config
 from jaxrl_llm.reporting.metric_alarms import Alarms
 from jaxrl_llm.run import early_stopping
+from jaxrl_llm.run.host_processes import ENVIRONMENT_LOG, LOGS
 from jaxrl_llm.run.optimizers import long_warmup
 from jaxrl_llm.run.staged import WARM_START
 from jaxrl_llm.run.step_names import step_name
 
 FAILURES = "failures/"  # beginning of the metrics that count failed calls of readings
+FAILED_TURNS = "episode/failures_per_episode"  # of environments in Python
 
 
 def left_out_warm_start(config: Config) -> str:
@@ -73,8 +75,16 @@ class Remarks:
         return said + [ends] * bool(ends)
 
     def failures(self, run: Any, shown: Mapping[str, float], rows: int | None) -> list[str]:
-        """Remarks on failures of readings: the first, and those of a step with twice as many as the last remark."""
+        """Remarks on failures of readings and environments: the first, and those of a step with twice as many as the
+        last remark.
+        """
         totals, said = run.meta.setdefault("failures", {}), []
+        turns = shown.get(FAILED_TURNS, 0.0)
+        if turns and turns >= 2 * self.failed.get(FAILED_TURNS, 0):
+            self.failed[FAILED_TURNS] = turns
+            log = run.config.directory / LOGS / ENVIRONMENT_LOG
+            why = f"; tracebacks are in {log}" if log.is_file() else ""
+            said.append(f"the environment failed in {turns:.2g} turns per episode ({FAILED_TURNS}){why}")
         for metric, count in shown.items():
             if not metric.startswith(FAILURES):
                 continue
@@ -84,7 +94,7 @@ class Remarks:
                 continue
             self.failed[name] = count
             of = f"{count:.0f} rows" if rows is None or count > rows else f"{count:.0f} of {rows} completions"
-            log = run.config.directory / "logs" / f"{name}.log"
+            log = run.config.directory / LOGS / f"{name}.log"
             why = f", their tracebacks are in {log}" if log.is_file() else ""
             said.append(f"{name!r} failed for {of}, which got its value_on_failure ({metric} in metrics.jsonl){why}")
         return said

@@ -78,6 +78,14 @@ def test_failures_are_told_first_and_when_their_share_doubles_and_their_total_is
     assert said.endswith(f"their tracebacks are in {tmp_path}/logs/slow.log")
 
 
+def test_failing_turns_of_an_environment_are_told(tmp_path):
+    held, remarks = run(tmp_path), Remarks()
+    values = [0.0, 0.1, 0.1, 0.5]
+    told = [remarks.on(held, stage("reinforcement"), 1, {"episode/failures_per_episode": one}, 16) for one in values]
+    assert [len(each) for each in told] == [0, 1, 0, 1]
+    assert "the environment failed in 0.5 turns per episode" in told[-1][0]
+
+
 def test_remarks_name_the_step_of_the_records_too(tmp_path):
     rule = {"stop_when": StopWhenConfig(metric="reward", patience=1)}
     ending = stage("reinforcement", **rule)
