@@ -128,7 +128,9 @@ class Interruption:
 
     def way_on(self) -> str:
         """Message with the last saved step and the command to continue."""
-        if self.opened and not (self.directory / "config.yaml").is_file():
+        # On a disk of its own, a process other than the main one has the directory without config.yaml.
+        there = (self.directory / "config.yaml").is_file() or (self.directory.is_dir() and not hosts.is_main())
+        if self.opened and not there:
             return f"put it back, and go on with: jaxrl train --resume {self.place or self.directory}"
         try:
             step = self.saved()

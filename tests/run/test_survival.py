@@ -729,6 +729,13 @@ def test_what_fails_outside_of_a_step_comes_with_the_way_on_too(tmp_path, capsys
     assert capsys.readouterr().err.count("\n") == 3
 
 
+def test_only_the_main_process_misses_the_config_of_a_run(tmp_path, monkeypatch):
+    interruption = Interruption(tmp_path, print, lambda: 3, opened=True)
+    assert interruption.way_on().startswith("put it back, and go on with: ")
+    monkeypatch.setattr("jaxrl_llm.parallel.hosts.is_main", lambda: False)
+    assert interruption.way_on().startswith("the last good checkpoint is step 3; go on with: ")
+
+
 def test_the_first_cause_of_a_chain_is_named(tmp_path):
     def close():
         try:
