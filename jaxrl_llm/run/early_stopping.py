@@ -8,6 +8,7 @@ from typing import Any
 from jaxrl_llm.config import Config, ConfigError, StopWhenConfig
 from jaxrl_llm.evaluation import COUNTED
 from jaxrl_llm.fields import nearest
+from jaxrl_llm.run.step_names import step_name
 
 VALIDATION, KEPT = "validation/", "early_stopping"
 
@@ -59,7 +60,7 @@ def note(meta: dict[str, Any], stage: str, rule: StopWhenConfig | None, step: in
         return ""
     return (
         f"the {stage} ends with the next step: {rule.metric} has not improved on {after['best']:.4g}, at "
-        f"step {after['best_step']}, for {after['readings']} values"
+        f"{step_name(after['best_step'], stage, meta.get('steps_before', 0))}, for {after['readings']} values"
     )
 
 
