@@ -68,7 +68,8 @@ def even(tokens):
 def even_on_the_host(completions, items):
     # The items must belong to the rows: they have the number of the prompt.
     assert all(item["body"].isdigit() for item in items)
-    return [float(int(text[0], 16) % 2 == 0) for text in completions]
+    # A completion of nothing but the end of sequence, which is 2, has no text.
+    return [float(int(text[:1] or "2", 16) % 2 == 0) for text in completions]
 
 
 def composed(model, plan, samples=2, rewards=(even,), rollout=None, **changes):
