@@ -9,6 +9,7 @@ import operator
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,14 @@ from jaxrl_llm.commands.arguments import assignments, require_positive
 from jaxrl_llm.compilation_cache import enable_compilation_cache
 from jaxrl_llm.evaluation import measured
 from jaxrl_llm.evaluation.comparison import compared, forgetting
-from jaxrl_llm.evaluation.evaluate import problems_per_batch
+from jaxrl_llm.evaluation.evaluate import column
 from jaxrl_llm.evaluation.record_files import (
     PROBLEMS,
     RecordFile,
     items_fingerprint,
     params_fingerprint,
     read_problem_records,
+    stored_samples,
 )
 from jaxrl_llm.evaluation.suites import Evaluation, evaluation_of, read_suite
 from jaxrl_llm.run.evaluated import Prepared, evaluated, guided, prepared
@@ -65,17 +67,22 @@ def _report(
     options: argparse.Namespace, evaluations: Mapping[str, Evaluation], requirements: list, subject: Any
 ) -> int:
     """Measure every checkpoint, and print the results."""
+    several, console = len(subject.checkpoints) > 1, Console(stderr=True)
+    labels = [label for label, _ in subject.checkpoints]
+    evaluations = {
+        name: _with_stored_samples(one, [_directory(options, label * several, name) for label in labels])
+        for name, one in evaluations.items()
+    }
     ready = {
         name: prepared(one, subject, reference=options.reference, batch=options.batch)
         for name, one in evaluations.items()
     }
-    several, console = len(subject.checkpoints) > 1, Console(stderr=True)
     results: dict[str, dict[str, Any]] = {}
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         for label, read in subject.checkpoints:
             params, found = read(), {}
             for name, one in evaluations.items():
-                out = None if options.out is None else Path(options.out, *([label] * several), *([name] * bool(name)))
+                out = _directory(options, label * several, name)
                 bar = progress.add_task(" ".join(filter(None, [label * several, name or "problems"])))
                 found[name] = _measured(
                     one, ready[name], params, out, lambda n, of, b=bar: progress.update(b, completed=n, total=of)
@@ -88,25 +95,53 @@ def _report(
     if options.json:
         print(json.dumps({"checkpoints": results} if several else last, indent=2))
     else:
-        _show(results, evaluations, options)
+        _show(results, evaluations)
     return _unmet(requirements, last, named=bool(next(iter(evaluations))))
+
+
+def _directory(options: argparse.Namespace, label: str, name: str) -> Path | None:
+    """The directory below `--out` of an evaluation of a checkpoint; empty names add none."""
+    return None if options.out is None else Path(options.out, *filter(None, (label, name)))
+
+
+def _with_stored_samples(one: Evaluation, directories: Sequence[Path | None]) -> Evaluation:
+    """The evaluation with as many samples as the stored one that it continues, unless it names a number itself.
+
+    Raises:
+      ValueError: if they are too few for its k.
+    """
+    stored = {each: number for each in directories if each is not None and (number := stored_samples(each))}
+    if one.samples is not None or not stored:
+        return one
+    directory, number = next(iter(stored.items()))
+    if number < max(one.k):
+        raise ValueError(
+            f"--out {directory} holds an evaluation with samples {number}, too few for k {list(one.k)}; give --k with "
+            f"numbers up to {number}, or another directory"
+        )
+    return replace(one, samples=number)
 
 
 def _measured(one: Evaluation, ready: Prepared, params: PyTree, out: Path | None, progress: Any) -> dict[str, Any]:
     """The metrics of one evaluation of one checkpoint; existing records are reused."""
-    file, records, per_batch = None, [], problems_per_batch(one.samples_per_problem, ready.sequences_per_batch)
+    file, records = None, []
     if out is not None:
         settings = ready.settings | {
             "parameters": params_fingerprint(params),
             "problems": items_fingerprint(ready.items),
         }
         file = RecordFile(out, settings)
-        records = file.kept(per_batch)
-    for batch in ready.records(params, ready.items, jax.random.key(one.seed), -(-len(records) // per_batch)):
+        records = file.kept()
+    for batch in ready.records(params, ready.items, jax.random.key(one.seed), len(records)):
         records += batch
         if file is not None:
             file.append(batch)
         progress(len(records), len(ready.items))
+    if one.by:  # stored records may have been written with other columns
+        items = {item["item_id"]: item for item in ready.items}
+        records = [
+            each | {"columns": {name: column(items[each["item_id"]], name) for name in one.by}} for each in records
+        ]
     summary = measured(records, one.k, by=one.by)
     if file is not None:
         file.summarise(summary)
@@ -208,13 +243,13 @@ def _looked_up(values: Any, name: str) -> float | None:
 # ---- tables ---------------------------------------------------------------------------------------------------------
 
 
-def _show(results: Mapping[str, Any], evaluations: Mapping[str, Evaluation], options: argparse.Namespace) -> None:
+def _show(results: Mapping[str, Any], evaluations: Mapping[str, Evaluation]) -> None:
     console = Console()
     last = list(results.values())[-1]
     if len(results) > 1:
         _show_checkpoints(console, results, evaluations)
     for name, values in last.get("evaluations", {"": last}).items():
-        table = Table(title=f"{name or options.path}: {last['checkpoint']}")
+        table = Table(title=": ".join(filter(None, (name, last["checkpoint"]))))
         for heading in ("metric", "value", "95% interval"):
             table.add_column(heading, justify="left" if heading == "metric" else "right", no_wrap=heading != "metric")
         for metric, value in values.items():

@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
-from jaxrl_llm.data.tasks.items import record
+from jaxrl_llm.data.tasks.items import named_item, record
 from jaxrl_llm.experience import Prompts
 
 Overlong = Literal["error", "drop"]
@@ -104,7 +104,7 @@ def encoded_rows(
             if len(tokens) > limit
         ]
         if excess:
-            first = first or f"item {item['item_id']} ({item['body'][:80]!r}) does not fit: {' and '.join(excess)}"
+            first = first or f"{named_item(item)} ({item['body'][:80]!r}) does not fit: {' and '.join(excess)}"
         dropped += bool(excess)
         longest = [max(length, len(tokens)) for length, tokens in zip(longest, row[1:], strict=True)]
         rows += [] if excess else [row]
@@ -126,7 +126,7 @@ def _row(item: Record, tokenizer: Tokenizer, completion: Callable[[Record], list
     try:
         return Row(item, tokenizer.prompt_ids(item), completion(item))
     except ValueError as error:
-        raise ValueError(f"item {item['item_id']} ({item['body'][:80]!r}) cannot be encoded: {error}") from error
+        raise ValueError(f"{named_item(item)} ({item['body'][:80]!r}) cannot be encoded: {error}") from error
 
 
 def _records(source: Sequence[Any]) -> list[Record]:

@@ -25,7 +25,7 @@ from jaxrl_llm.data.encoding import (
     padded_prompts,
 )
 from jaxrl_llm.data.order import Batches, mixed_batches, require_positive, shuffled_batches
-from jaxrl_llm.data.tasks.items import Segment, reference_response
+from jaxrl_llm.data.tasks.items import Segment, named_item, reference_response
 from jaxrl_llm.experience import Prompts, Source
 
 
@@ -229,7 +229,7 @@ def _in_other_words(
         text = row.item.get(column) or row.item.get("raw", {}).get(column)
         if not text:
             raise ValueError(
-                f"item {row.item['item_id']} ({row.item['body'][:80]!r}) has no {column!r}, which the step reads; add "
+                f"{named_item(row.item)} ({row.item['body'][:80]!r}) has no {column!r}, which the step reads; add "
                 "the column to the data, write it as a template (data.privileged), or choose a task that has it "
                 "(addition has paraphrases and scaffolds)"
             )

@@ -11,7 +11,7 @@ from jaxtyping import PyTree
 
 from jaxrl_llm import data
 from jaxrl_llm.config import ConfigError
-from jaxrl_llm.data.tasks.items import record
+from jaxrl_llm.data.tasks.items import own_columns, record
 from jaxrl_llm.evaluation import Grader, make_records, make_score, task_grader
 from jaxrl_llm.evaluation.benchmark_formats import GRADERS, read_problems
 from jaxrl_llm.evaluation.evaluate import column
@@ -191,7 +191,7 @@ def prepared(one: Evaluation, of: Evaluated, *, reference: str | None = None, ba
         rules=place.rules,
         gather=place.gather_for_rollout,
     )
-    ignored = {"k", "problems", "samples"}
+    ignored = {"k", "problems", "samples", "by"}
     settings = {name: value for name, value in asdict(one).items() if name not in ignored}
     settings |= {"samples": one.samples_per_problem, "temperature": temperature, "reference": reference}
     settings |= of.guidance
@@ -257,7 +257,7 @@ def _limits(one: Evaluation, policy: Policy) -> tuple[int, int]:
 def _rewards(one: Evaluation, built: Parts | None, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Rewards by name: the requested ones, or those of the run that read only samples and columns of the data."""
     arrays = _OF_SAMPLING if one.data is None else _OF_SAMPLING - {"answer_tokens", "answer_length"}
-    text = TEXT.union(set.intersection(*({*columns_of([item])} for item in items)) if items else ())
+    text = TEXT.union(set.intersection(*({*columns_of([own_columns(item)])} for item in items)) if items else ())
     if one.rewards is not None:
         sizes = {"max_completion_tokens": one.max_completion_tokens, "samples_per_prompt": one.samples_per_problem}
         terms = reward_terms(one.rewards, {name: size for name, size in sizes.items() if size is not None})

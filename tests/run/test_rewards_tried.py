@@ -103,7 +103,7 @@ def test_an_answer_that_a_verifier_cannot_use_is_named_with_its_row(micro_config
     sets = data_sets(built.config)
     assert "eight" in [row["answer"] for row in sets["train"]]
     with pytest.raises(
-        ValueError, match=r"reward 'number_match': the reference answer of row 8 is 'eight', .* 1 of the"
+        ValueError, match=r"reward 'number_match': the reference answer of line 8 of .*a.jsonl is 'eight', .* 1 of the"
     ):
         require_usable_answers(built, sets)
 
