@@ -262,8 +262,8 @@ def _show(results: Mapping[str, Any], evaluations: Mapping[str, Evaluation]) -> 
                 if found[metric] is not None:
                     table.add_row(f"{metric} ({kind})", f"{found[metric]:.3f}", "")
         console.print(table)
-        for column, parts in values["by"].items():
-            _show_parts(console, column, parts)
+        for by, parts in values["by"].items():
+            _show_parts(console, by, parts)
 
 
 def _show_parts(console: Console, column: str, parts: Mapping[str, Any]) -> None:

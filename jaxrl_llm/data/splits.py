@@ -45,9 +45,9 @@ class ProblemSet(Sequence[dict[str, Any]]):
 
     A record has `item_id` (number of its row, from 0), `body` (text of the prompt), `answer` and `response` (reference
     completion), "" if there is none, `messages` (the prompt's conversation, if the rows have one), the further columns
-    of the row by their names, `raw` (the unchanged row), `row_of_file` (its place, for messages), in a mixture `data_source` (name of its source), `prefix`
-    (solved examples before the prompt, if there are any), and with several templates `template` (name of its template)
-    and `wording` (text of the template).
+    of the row by their names, `raw` (the unchanged row), `row_of_file` (its place, for messages), in a mixture
+    `data_source` (name of its source), `prefix` (solved examples before the prompt, if there are any), and with several
+    templates `template` (name of its template) and `wording` (text of the template).
 
     Attributes:
       path: of the data.

@@ -146,7 +146,8 @@ def require_columns(function: Callable[..., Any], records: Iterable[Mapping[str,
         if missing := [each for each in wanted if each not in given]:
             raise ValueError(
                 f"grader {name!r} names {missing[0]!r}, but {named_item(record)} has only the columns "
-                f"{', '.join(sorted(own_columns(record))) or 'none'}; name one of these, or completion, answer, prompt, item"
+                f"{', '.join(sorted(own_columns(record))) or 'none'}; name one of these, or completion, answer, "
+                "prompt, item"
             )
 
 

@@ -199,7 +199,7 @@ def test_the_divergence_from_itself_is_zero_and_rewards_are_named(place, finishe
         (["--data", "problems.jsonl", "--grader", "absent:grade"], "importing 'absent' failed"),
         (
             ["--data", "problems.jsonl", "--by", "sauce"],
-            "line 1 of problems.jsonl has no column 'sauce' that holds a number or a text; there are answer, kind, prompt",
+            "line 1 of problems.jsonl has no column 'sauce' that holds a number or a text; there are answer",
         ),
         (["--data", "problems.jsonl", "--by", "level"], "line 1 of problems.jsonl has no column 'level'"),
         (
