@@ -19,9 +19,9 @@ from jaxrl_llm.data import Tokenizer
 from jaxrl_llm.data.row_files import SPLITS
 from jaxrl_llm.data.splits import prompt_key
 from jaxrl_llm.data.tasks.items import record, reference_response
+from jaxrl_llm.run.policy_parts import described_policy
 from jaxrl_llm.run.problems import data_sets
 from jaxrl_llm.run.samples import spread
-from jaxrl_llm.run.setup import described_policy
 from jaxrl_llm.run.staged import last_stage
 
 _MOST = 20_000  # problems per split whose tokens are counted

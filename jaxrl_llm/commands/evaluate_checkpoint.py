@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from jaxrl_llm.bounds import natural, shown
+from jaxrl_llm.bounds import counted, natural, shown
 from jaxrl_llm.commands.arguments import assignments, require_positive
 from jaxrl_llm.compilation_cache import enable_compilation_cache
 from jaxrl_llm.evaluation import measured
@@ -34,8 +34,7 @@ from jaxrl_llm.evaluation.record_files import (
     stored_samples,
 )
 from jaxrl_llm.evaluation.suites import Evaluation, evaluation_of, read_suite
-from jaxrl_llm.run.evaluated import Prepared, evaluated, guided, prepared
-from jaxrl_llm.run.setup import opened_parts
+from jaxrl_llm.run.evaluated import Prepared, evaluated, guided, prepared, with_environment
 
 _OPERATORS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt, "==": operator.eq}
 _REQUIREMENT = re.compile(r"([^<>=]+)(>=|<=|==|>|<)([^<>=]+)")
@@ -57,10 +56,8 @@ def evaluate_checkpoint(options: argparse.Namespace) -> int:
     if options.guided_by is not None:
         how = {"strength": options.strength, "candidates": options.candidates}
         subject = guided(subject, options.path, options.guided_by, **how)
-    if subject.built is None:
-        return _report(options, evaluations, requirements, subject)
-    with opened_parts(subject.built) as ready:
-        return _report(options, evaluations, requirements, subject._replace(built=ready))
+    with with_environment(subject, evaluations.values()) as ready:
+        return _report(options, evaluations, requirements, ready)
 
 
 def _report(
@@ -77,6 +74,8 @@ def _report(
         name: prepared(one, subject, reference=options.reference, batch=options.batch)
         for name, one in evaluations.items()
     }
+    for note in dict.fromkeys(note for each in ready.values() for note in each.notes):
+        print(f"note: {note}", file=sys.stderr)
     results: dict[str, dict[str, Any]] = {}
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         for label, read in subject.checkpoints:
@@ -332,7 +331,7 @@ def compare_evaluations(options: argparse.Namespace) -> None:
         if name == "forgetting":
             console.print(f"forgetting of pass@1, mean over evaluations: {each:+.1%}")
             continue
-        table = Table(title=f"{name or 'difference'}: {each['problems']} problems")
+        table = Table(title=f"{name or 'difference'}: {counted(each['problems'], 'problem')}")
         for heading in ("metric", "first", "second", "difference", "95% interval", "p"):
             table.add_column(heading, justify="left" if heading == "metric" else "right")
         for metric, row in each["metrics"].items():

@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
+from jaxrl_llm.bounds import counted
 from jaxrl_llm.data.tasks.items import named_item, record
 from jaxrl_llm.experience import Prompts
 
@@ -110,9 +111,10 @@ def encoded_rows(
         rows += [] if excess else [row]
     if dropped and overlong == "error":
         raise ValueError(
-            f"{first}; {dropped} of {dropped + len(rows)} do not fit; the longest prompt has {longest[0]} tokens and "
-            f"the longest {completion_name} {longest[1]}: raise the limit (in a config rollout.max_prompt_tokens or "
-            "rollout.max_completion_tokens), or set overlong (data.overlong_prompts) to 'drop' to leave such items out"
+            f"{first}; {dropped} of {counted(dropped + len(rows), 'item')} too long; the longest prompt has "
+            f"{longest[0]} tokens and the longest {completion_name} {longest[1]}: raise the limit (in a config "
+            "rollout.max_prompt_tokens or rollout.max_completion_tokens), or set overlong (data.overlong_prompts) to "
+            "'drop' to leave such items out"
         )
     if not rows:
         raise ValueError(

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from jaxrl_llm.bounds import shortened
+from jaxrl_llm.bounds import counted, shortened
 from jaxrl_llm.data.final_answer import after_hashes, in_last_box, marked_answer
 from jaxrl_llm.data.row_files import Row, rows_of
 from jaxrl_llm.data.row_templates import column_value
@@ -154,8 +154,8 @@ def require_usable(path: str, records: Sequence[Any], problems: Sequence[str]) -
             *([f"and {more} more"] if more > 0 else []),
         ]
         raise ValueError(
-            f"{path} has {len(problems)} lines that cannot be used; repair them: {'; '.join(shown)} "
-            "(data.unusable=drop drops such lines)"
+            f"{path} has {counted(len(problems), 'line')} that cannot be used; repair "
+            f"{'it' if len(problems) == 1 else 'them'}: {'; '.join(shown)} (data.unusable=drop drops such lines)"
         )
     if not records:
         raise ValueError(f"data file {path} has no rows; give a file with at least one row")

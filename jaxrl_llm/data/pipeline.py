@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxrl_llm.bounds import counted
 from jaxrl_llm.data.buckets import bucket_of
 from jaxrl_llm.data.encoding import (
     Overlong,
@@ -135,8 +136,8 @@ def prompt_batches(
         rows, dropped = kept, dropped + len(rows) - len(kept)
     if numbered and dropped:
         raise ValueError(
-            f"{dropped} prompts are too long and would be dropped, but data.selection needs all items; remove them "
-            "from the data, or raise the limits"
+            f"{counted(dropped, 'prompt')} would be dropped for length, but data.selection needs all items; remove "
+            "such prompts from the data, or raise the limits"
         )
     written: dict[int, Row] = {}
     if max_demonstration_tokens is not None:

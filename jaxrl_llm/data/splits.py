@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
+from jaxrl_llm.bounds import counted, there_are
 from jaxrl_llm.data.jsonl import Fields, records_of, require_usable
 from jaxrl_llm.data.prompts import PLACE, require_place
 from jaxrl_llm.data.row_files import SPLITS, Row, stored
@@ -209,13 +210,18 @@ def _limited(sets: dict[str, ProblemSet], refining: Refining) -> dict[str, Probl
 def _require_disjoint(sets: Mapping[str, ProblemSet]) -> None:
     seen: dict[str, str] = {}
     for split in filter(sets.__contains__, SPLITS):
-        held = {prompt_key(item): f"{named_item(item)} ({split})" for item in sets[split].records}
+        held = {prompt_key(item): f"{_place(item)} ({split})" for item in sets[split].records}
         for key in held.keys() & seen.keys():
             raise ValueError(
                 f"the prompt {key[:80]!r} is in {seen[key]} and in {held[key]}; splits must not overlap: remove it "
                 "from one, or set data.overlap to drop, which removes it from training"
             )
         seen |= held
+
+
+def _place(item: Mapping[str, Any]) -> str:
+    source = item.get("data_source")
+    return named_item(item) if source is None else f"{named_item(item)} in source {source}"
 
 
 def mixture(
@@ -270,7 +276,7 @@ def with_examples(
     """
     of = list(sets["train"] if given is None else given)
     if len(of) < count + (given is None):
-        raise ValueError(f"data.few_shot.examples is {count}, but there are only {len(of)} problems to take them from")
+        raise ValueError(f"data.few_shot.examples is {count}, but {there_are(len(of), 'problem')} to take them from")
     if given is None:
         of.sort(key=lambda each: hashlib.sha256(prompt_key(each).encode()).digest())
     prefix, keys, found = "".join(map(shown, of[:count])), {prompt_key(each) for each in of[:count]}, {}
@@ -278,7 +284,8 @@ def with_examples(
         records = tuple({**each, "prefix": prefix} for each in one if prompt_key(each) not in keys)
         gone = len(one) - len(records)
         if gone and split != "train":
-            raise ValueError(f"{gone} problems of the {split} split are among the examples of data.few_shot.path")
+            shown_too = counted(gone, "problem")
+            raise ValueError(f"data.few_shot.path has {shown_too} of the {split} split; take other examples")
         known: Any = one
         dropped = dict(getattr(one, "dropped", {})) | ({"shown as an example": gone} if gone else {})
         fingerprint = hashlib.sha256(f"{known.fingerprint} {prefix}".encode()).hexdigest()

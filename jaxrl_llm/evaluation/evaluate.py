@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
+from jaxrl_llm.bounds import there_are
 from jaxrl_llm.data import evaluation_batches
 from jaxrl_llm.data.buckets import buckets
 from jaxrl_llm.data.encoding import Tokenizer
@@ -235,7 +236,7 @@ def require_k(k: Sequence[int], samples: int) -> None:
     if not k or min(k) < 1:
         raise ValueError(f"k is {list(k)}; give numbers of at least 1")
     if max(k) > samples:
-        raise ValueError(f"k is {list(k)}, but there are {samples} samples a problem; k must not exceed them")
+        raise ValueError(f"k is {list(k)}, but {there_are(samples, 'sample')} a problem; k must not exceed that number")
 
 
 def problems_per_batch(samples_per_problem: int, sequences_per_batch: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from jaxrl_llm.bounds import counted
 from jaxrl_llm.config import Config, ConfigError, StopWhenConfig
 from jaxrl_llm.evaluation import COUNTED
 from jaxrl_llm.fields import nearest
@@ -59,7 +60,7 @@ def note(meta: dict[str, Any], stage: str, rule: StopWhenConfig | None, step: in
         return ""
     return (
         f"the {stage} ends with the next step: {rule.metric} has not improved on {after['best']:.4g}, at "
-        f"step {after['best_step']}, for {after['readings']} values"
+        f"step {after['best_step']}, for {counted(after['readings'], 'value')}"
     )
 
 

@@ -10,6 +10,8 @@ import pytest
 import yaml
 
 from jaxrl_llm import cli
+from jaxrl_llm.run.recipes import ModuleMissing
+from jaxrl_llm.run.restored import restored_network, restored_run
 
 GRADER = """
 calls = []
@@ -155,6 +157,32 @@ def test_every_checkpoint_of_a_run_and_two_of_them_compared(place, finished_run)
     assert row["second"] - row["first"] == pytest.approx(row["difference"])
     assert "95% interval" in said("compare", first, last)[1]
     assert "best" in said("eval", finished_run.directory, *OWN, "--all", "--out", "all")[1]
+
+
+@pytest.fixture
+def run_elsewhere(place, finished_run):
+    """A run whose functions of training are in a module that is not found here."""
+    run = place / "run"
+    run.mkdir()
+    (run / "checkpoints").symlink_to(finished_run.directory / "checkpoints")
+    tree = yaml.safe_load((finished_run.directory / "config.yaml").read_text())
+    tree |= {"credit": [{"advantages": {"python": "methods_elsewhere:centred"}}]}
+    tree |= {"losses": [{"python": "methods_elsewhere:loss"}]}
+    tree["rewards"].append({"python": "methods_elsewhere:brief"})
+    (run / "config.yaml").write_text(yaml.safe_dump(tree))
+    return run
+
+
+def test_a_run_is_evaluated_where_its_functions_of_training_are_not_found(run_elsewhere, finished_run):
+    status, out, err = said("eval", run_elsewhere, *OWN, "--json")
+    assert status == 0, err
+    assert err.startswith("note: not measured: rewards names python: 'methods_elsewhere:brief', but importing")
+    assert "give the command in the directory of the module, or set PYTHONPATH to it" in err
+    found, same = json.loads(out), json.loads(said("eval", finished_run.directory, *OWN, "--json")[1])
+    assert {**found, "checkpoint": ""} == {**same, "checkpoint": ""}
+    assert restored_run(run_elsewhere)[0].config.credit == [{"advantages": {"python": "methods_elsewhere:centred"}}]
+    with pytest.raises(ModuleMissing, match="methods_elsewhere"):
+        restored_network(run_elsewhere, "reference")
 
 
 SUITE = """

@@ -182,7 +182,7 @@ def test_bad_lines_are_named(tmp_path, line, message):
     good = json.dumps(GSM8K).encode()
     raw = line if isinstance(line, bytes) else line.encode()
     (tmp_path / "a").write_bytes(good + b"\n" + raw + b"\n" + good)
-    with pytest.raises(ValueError, match="1 lines that cannot be used; repair them: " + message):
+    with pytest.raises(ValueError, match="1 line that cannot be used; repair it: " + message):
         problem_sets(tmp_path / "a", fields_of("gsm8k"))
 
 

@@ -143,7 +143,7 @@ def test_bad_lines_speak_before_the_tables(micro_yaml, tmp_path, capsys):
     out, err = capsys.readouterr()
     assert out == ""
     assert err.count("a.jsonl") == 1
-    assert "a.jsonl has 1 lines that cannot be used; repair them: line 2: not JSON" in err
+    assert "a.jsonl has 1 line that cannot be used; repair it: line 2: not JSON" in err
 
 
 @pytest.mark.slow
