@@ -93,23 +93,29 @@ def checkpoint_params(built: PolicyParts, folder: Path, step: int) -> PyTree:
     return stored_states.restore_params(folder, step, like, trained=built.model.trained)
 
 
+def run_config(path: str | Path) -> Config:
+    """The config of a run directory or checkpoint, which may be read on another machine than the one that wrote it.
+
+    Raises:
+      ConfigError: if there is none.
+    """
+    folder = Path(path) if (Path(path) / "config.yaml").is_file() else Path(path).parent.parent
+    stored = folder / "config.yaml"
+    if not stored.is_file():
+        raise ConfigError(f"{stored} is missing: restoring a checkpoint needs the config.yaml of its run")
+    here = ["mesh=auto", "training.offload=[]"]
+    return load_config(stored, here, vocabulary_size=CharacterTokenizer().vocabulary_size)
+
+
 def run_tokenizer(path: str | Path) -> Tokenizer:
     """The tokenizer of a run directory or checkpoint; reads no parameters."""
-    folder = Path(path) if (Path(path) / "config.yaml").is_file() else Path(path).parent.parent
-    config = load_config(folder / "config.yaml", ["mesh=auto"], vocabulary_size=CharacterTokenizer().vocabulary_size)
-    return described_policy(config, planned=True)[1]
+    return described_policy(run_config(path), planned=True)[1]
 
 
 def _config_of(path: str | Path, network: str = POLICY) -> tuple[Config, Path, int]:
     """(config of a run, its checkpoints directory, the step of the checkpoint)."""
     folder, step = integrity.latest_checkpoint(path, within=f"networks/{network}/params/")
-    stored = folder.parent / "config.yaml"
-    if not stored.is_file():
-        raise ConfigError(f"{stored} is missing: restoring a checkpoint needs the config.yaml of its run")
-    # The checkpoint may be read on another machine than the one that wrote it.
-    here = ["mesh=auto", "training.offload=[]"]
-    config = load_config(stored, here, vocabulary_size=CharacterTokenizer().vocabulary_size)
-    return config, folder, step
+    return run_config(folder / str(step)), folder, step
 
 
 def branched_params(built: PolicyParts, key: Array) -> PyTree:

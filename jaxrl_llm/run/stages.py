@@ -284,10 +284,10 @@ def run_stage(
             reached = False
             if stage.probe_every_steps and done % stage.probe_every_steps == 0 and (done < stage.steps or not last):
                 run.watch.allow()  # a resumed run compiles its evaluation here
-                probed = _probed(run, stage, state, measure)
+                metrics |= (probed := _probed(run, stage, state, measure))
+                progress.validation(done, probed)
                 if done > first + 2:
                     run.watch.expect_none(progress.message)
-                metrics |= probed
                 reached = stage.stop_at_accuracy is not None and probed["validation/pass@1"] >= stage.stop_at_accuracy
             if done == first + 2 or (new_width and done > first + 2):
                 run.watch.expect_none(progress.message)

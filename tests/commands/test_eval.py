@@ -180,7 +180,7 @@ def test_a_run_is_evaluated_where_its_functions_of_training_are_not_found(run_el
     assert "give the command in the directory of the module, or set PYTHONPATH to it" in err
     found, same = json.loads(out), json.loads(said("eval", finished_run.directory, *OWN, "--json")[1])
     assert {**found, "checkpoint": ""} == {**same, "checkpoint": ""}
-    assert restored_run(run_elsewhere)[0].config.credit == [{"advantages": {"python": "methods_elsewhere:centred"}}]
+    assert restored_run(run_elsewhere)[0].config.credit == ({"advantages": {"python": "methods_elsewhere:centred"}},)
     with pytest.raises(ModuleMissing, match="methods_elsewhere"):
         restored_network(run_elsewhere, "reference")
 

@@ -71,7 +71,7 @@ def test_a_base_model_has_plain_prompts(tmp_path, written, files, prompts):
 
 def test_the_longest_prompt_fits(written):
     config, _ = written([{"prompt": "x" * 900, "answer": "1"}])
-    assert config.rollout.max_prompt_tokens == 448
+    assert config.rollout.max_prompt_tokens == 384
 
 
 @pytest.fixture
@@ -97,12 +97,12 @@ def model(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("context", "limits"), [(4096, (192, 512)), (256, (128, 128)), (160, (106, 54)), (90, (45, 45))]
+    ("context", "limits"), [(4096, (192, 512)), (256, (128, 128)), (160, (93, 67)), (90, (45, 45))]
 )
 def test_limits_count_format_and_template_and_fit_the_context(written, model, context, limits):
     directory = model(context)
     config, text = written([{"prompt": "What is 1+1?", "answer": "2"}, {"prompt": "1+1?", "answer": "2"}])
-    assert "the longest is about 106 with prompt_format and the chat template, by the model's tokenizer" in text
+    assert "the longest is about 93 with prompt_format and the chat template, by the model's tokenizer" in text
     rollout = config.rollout
     assert (rollout.max_prompt_tokens, rollout.max_completion_tokens) == limits
     require_context(config, directory)

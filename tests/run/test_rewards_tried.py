@@ -114,7 +114,7 @@ def test_a_column_that_some_rows_lack_is_named_with_the_row(made):
     del sets["train"][4]["hardness"], sets["train"][4]["raw"]["hardness"]
     row = sets["train"][4]["item_id"] + 1
     with pytest.raises(
-        ValueError, match=rf"'graded' reads the column 'hardness', which 1 of \d+ .* such as row {row} "
+        ValueError, match=rf"'graded' reads the column 'hardness', which 1 of \d+ .* such as line {row} of "
     ):
         require_columns(built, sets)
 
