@@ -135,12 +135,11 @@ def answered(run: Path) -> Iterator[Answered]:
     subject = evaluated(str(run))
     ready = prepared(one, subject)
     worked = {str(item["body"]): str(item.get("think", "")) for item in ready.items}
-    end = subject.policy.tokenizer.decode(list(subject.policy.tokenizer.eos_ids))
     for batch in ready.records(subject.policy.params, ready.items, jax.random.key(0)):
         for record in batch:
             whole = [each for each in record["samples"] if not each["truncated"]]
             said = {
-                correct: [each["completion"].removesuffix(end) for each in whole if each["correct"] == correct]
+                correct: [each["completion"] for each in whole if each["correct"] == correct]
                 for correct in (True, False)
             }
             if said[True] and said[False]:

@@ -86,7 +86,8 @@ def _annotation(value: Any) -> str:
 def _default(value: Any) -> str:
     """A default as text; of what has no short form, its name."""
     text = repr(value)
-    return getattr(value, "__name__", type(value).__name__) if text.startswith("<") or len(text) > 40 else text
+    short = len(text) <= (400 if isinstance(value, str | tuple) else 40)
+    return text if short and not text.startswith("<") else getattr(value, "__name__", type(value).__name__)
 
 
 def _prose(text: str) -> str:

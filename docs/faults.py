@@ -48,7 +48,7 @@ def faults() -> list[Fault]:
             continue
         for words in _marks(ast.parse(source)):
             if len(words) != 3:
-                raise ValueError(f"{path}: fault{tuple(words)}; give a group, what happens, and what becomes of it")
+                raise ValueError(f"{path}: fault{tuple(words)}; give a group, the fault and the result")
             found.append(Fault(*words, path.relative_to(TESTS.parent).as_posix()))
     return found
 
@@ -67,7 +67,7 @@ def survival_page() -> str:
         raise ValueError(f"tables of docs/survival.md and groups of faults differ: {there ^ by_group.keys()}")
 
     def written(block: re.Match) -> str:
-        table = markdown_table(["what happens", "what becomes of it", "tried in"], by_group[block["group"]])
+        table = markdown_table(["fault", "result", "test"], by_group[block["group"]])
         return f"{block[1]}\n{table}\n\n{block[3]}"
 
     return BLOCK.sub(written, page)

@@ -11,7 +11,7 @@ reshaped to (prompts, samples), so groups may have different sizes, and a row of
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from enum import IntEnum
 from typing import Any, NamedTuple
@@ -42,6 +42,15 @@ def key_at(key: Array, *where: Int[Array, ""] | int) -> Array:
     for number in where:
         key = jax.random.fold_in(key, number)
     return key
+
+
+def without_end(ids: Sequence[int], eos_ids: Sequence[int]) -> list[int]:
+    """Token ids of a completion without its end of sequence, as its text is read.
+
+    >>> without_end([5, 6, 2], eos_ids=(2,)), without_end([5, 6], eos_ids=(2,))
+    ([5, 6], [5, 6])
+    """
+    return [int(id) for id in (ids[:-1] if len(ids) and int(ids[-1]) in eos_ids else ids)]
 
 
 def uniforms_at(key: Array, *where: Int[Array, "*B"] | int) -> Float[Array, "B"]:

@@ -223,7 +223,8 @@ def test_sample_completes_prompts(jaxrl, finished_run):
     for entry in found:
         assert 1 <= len(entry["tokens"]) == len(entry["logprobs"]) <= 6
         assert all(logprob <= 0 for logprob in entry["logprobs"])
-        assert entry["truncated"] == (not entry["completion"].endswith("<eos>"))
+        assert "<eos>" not in entry["completion"]
+        assert entry["truncated"] == (entry["tokens"][-1] != 2)
     assert f"A:47+85 -> {found[2]['completion']}" in jaxrl(*arguments)
 
 

@@ -16,6 +16,7 @@ from latex2mathml.converter import convert
 from jaxrl_llm import catalogue, shipped
 from jaxrl_llm.config import parse_config, read_tree
 from jaxrl_llm.data import CharacterTokenizer
+from jaxrl_llm.data.written import PROVIDES
 from jaxrl_llm.run.setup import parts
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -174,6 +175,12 @@ PAGES = sorted(str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md"))
 )
 def test_generated_references_are_up_to_date(build, module, page, name):
     assert getattr(getattr(build, module), page)() == (DOCS / f"{name}.md").read_text(), "run python docs/build.py"
+
+
+def test_every_kind_of_judged_completions_has_a_line_in_the_formats():
+    page = (DOCS / "formats.md").read_text()
+    for kind in PROVIDES:
+        assert re.search(rf"^\| `{kind}` \| `\{{.+\}}` \|", page, re.M), kind
 
 
 @functools.cache

@@ -225,7 +225,7 @@ def test_data_are_regular_files(tmp_path):
             lambda path: problem_sets(path, fields_of("prompt")),
             lambda path: judged_groups(path, "pairs"),
         ):
-            with pytest.raises(ValueError, match=r"cannot be read: .*; give the path of a JSONL file"):
+            with pytest.raises(ValueError, match=r"cannot be read: .*; give the path of a readable file"):
                 read(path)
 
 

@@ -12,7 +12,7 @@ def add_data(command: Command) -> None:
     starter = command(
         "init", "starter:write_starter", "Write a commented config for a file of problems.", json_output=False
     )
-    starter.add_argument("data", metavar="FILE", help="JSONL, CSV or Parquet, one problem per row")
+    starter.add_argument("data", metavar="FILE", help="problems: JSONL, CSV, Parquet, a directory, tfds: or hf:")
     starter.add_argument("--model", metavar="DIR", help="the model's directory, or its name on the hub")
     starter.add_argument("--out", default="mine.yaml", metavar="YAML", help="output file (default mine.yaml)")
 

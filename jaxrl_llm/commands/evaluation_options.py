@@ -16,7 +16,7 @@ def add_eval(command: Command) -> None:
     )
     evaluate.add_argument("path", metavar="MODEL", help="a run, a checkpoint, or a Hugging Face model directory")
     what = evaluate.add_argument_group("problems", "default: the run's")
-    what.add_argument("--data", metavar="FILE", help="a JSONL file of problems")
+    what.add_argument("--data", metavar="FILE", help="problems: JSONL, CSV, Parquet, a directory, tfds: or hf:")
     what.add_argument("--format", help="format of its lines: prompt, messages, gsm8k, math, aime, choice or code")
     what.add_argument(
         "--field", action="append", metavar="NAME=FIELD", help="name of a field in the file: answer=solution"

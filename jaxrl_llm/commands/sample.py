@@ -21,6 +21,7 @@ from jaxrl_llm.data.buckets import bucket_of, buckets
 from jaxrl_llm.data.encoding import Row, padded_prompts
 from jaxrl_llm.data.json_files import json_objects
 from jaxrl_llm.data.prompts import ChatPrompts
+from jaxrl_llm.experience import without_end
 from jaxrl_llm.ranges import NonNegative, require_range
 from jaxrl_llm.rollout import Controls, Drawn, make_stream, stop_automaton
 from jaxrl_llm.run.restored import Policy, restored_policy
@@ -169,7 +170,7 @@ def show(
     for drawn in pieces:
         while row < len(starts) and (drawn.over[row] or len(starts) == 1):
             over = drawn.over[row]
-            text = policy.tokenizer.decode(drawn.tokens[row][: drawn.length[row]].tolist())
+            text = _text(policy, drawn.tokens[row][: drawn.length[row]])
             text = starts[row] + (text if over else text.rstrip("\ufffd"))
             if text.startswith(said):
                 write(text[len(said) :])
@@ -180,6 +181,11 @@ def show(
                 break
             write(" (cut at the length limit)\n" if drawn.truncated[row] else "\n")
             row, said = row + 1, ""
+
+
+def _text(policy: Policy, tokens: Sequence[int]) -> str:
+    """The text of a completion, without end of sequence."""
+    return policy.tokenizer.decode(without_end(tokens, policy.tokenizer.eos_ids))
 
 
 def _entries(
@@ -193,7 +199,7 @@ def _entries(
         entries.append(
             {
                 "prompt": requests[row // samples].given,
-                "completion": policy.tokenizer.decode(tokens),
+                "completion": _text(policy, tokens),
                 "tokens": tokens,
                 "logprobs": np.round(drawn.logprobs[row][:length].astype(float), 6).tolist(),
                 "truncated": bool(drawn.truncated[row]),

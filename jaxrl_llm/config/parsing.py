@@ -335,6 +335,8 @@ def _explained(problem: Mapping[str, Any]) -> str:
         return (
             f"config key {where} is {shown(problem['input'])}; it must be a list, such as [{shown(problem['input'])}]"
         )
+    if problem["input"] is None:
+        return f"config key {where} is null; give a value, or leave the key out for its default"
     return f"config key {where} is {shown(problem['input'])}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
 
 

@@ -66,15 +66,16 @@ def judged_groups(
 ) -> JudgedFile:
     """The groups of a data set, one per row. See `row_files` for the file formats.
 
-        pairs      {"prompt": ..., "chosen": ..., "rejected": ...}, optionally "margin" and "weight"
-        rankings   {"prompt": ..., "completions": [best, ..., worst]}, or in any order with "ranks": [0, 2, 1, ...], 0
-                   for the best and equal for ties
+        pairs      {"prompt": ..., "chosen": ..., "rejected": ...}
+        rankings   {"prompt": ..., "completions": ["best", ..., "worst"]}
         ratings    {"prompt": ..., "completion": ..., "rating": 3.5}
         labels     {"prompt": ..., "completion": ..., "label": true}
         steps      {"prompt": ..., "steps": ["...", "..."], "labels": [1, 0]}
         verdicts   {"prompt": ..., "first": ..., "second": ..., "better": "first", "rationale": ...}
 
-    Rows may hold the log-probabilities of a reference, see `data.stored_reference`.
+    Pairs may have a "margin", and every row a "weight". The completions of a ranking may be in any order with "ranks":
+    [0, 2, 1, ...], 0 for the best and equal for ties. Rows may hold the log-probabilities of a reference, see
+    `data.stored_reference`.
 
     Args:
       path: of the data set.

@@ -18,7 +18,7 @@ from jaxrl_llm.data.encoding import Tokenizer
 from jaxrl_llm.data.tasks.items import named_item, own_columns
 from jaxrl_llm.evaluation.grading import Grade, Grader
 from jaxrl_llm.evaluation.measures import accuracies, episode_means
-from jaxrl_llm.experience import Experience, Prompts
+from jaxrl_llm.experience import Experience, Prompts, without_end
 from jaxrl_llm.models.model import Model
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.parallel.rules import RULES, Rules, constrain_rows, decoding, laid_out
@@ -157,7 +157,7 @@ def make_records(
         for index in places:
             item, own = items[index], range(index * rows, (index + 1) * rows)
             ids = [drawn.tokens[row][: drawn.length[row]].tolist() for row in own]
-            texts = [tokenizer.decode(each) for each in ids]
+            texts = [tokenizer.decode(without_end(each, tokenizer.eos_ids)) for each in ids]
             samples = [_sample(item, text, grade, drawn, row) for text, row in zip(texts, own, strict=True)]
             for name, value in _rewards(readings, item, texts, drawn, own).items():
                 for sample, number in zip(samples, value, strict=True):

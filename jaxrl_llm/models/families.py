@@ -63,6 +63,8 @@ _ACTIVATIONS: dict[str, Activation] = {
 }
 # Fields of execution: two configs that differ only in these describe the same model.
 _EXECUTION = ("attention", "layer_loop", "parameter_dtype", "compute_dtype")
+# The same, set by a run; not by the reader of a config.json.
+_SET_BY_A_RUN = ("cache_dtype", "cache_layout", "remat")
 _PRECISIONS = ("float32", "bfloat16")
 # Fields in which null means "none", or "the value of another field".
 _NULL = frozenset(
@@ -295,7 +297,7 @@ def _differences(config: TransformerConfig, other: TransformerConfig) -> list[st
         )
 
     config, other = plain(config), plain(other)
-    names = [field.name for field in fields(TransformerConfig) if field.name not in _EXECUTION]
+    names = [field.name for field in fields(TransformerConfig) if field.name not in (*_EXECUTION, *_SET_BY_A_RUN)]
     return [name for name in names if getattr(config, name) != getattr(other, name)]
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 COMPLETION = {
-    "completion": "text, end of sequence included",
+    "completion": "text, without end of sequence",
     "correct": "whether the grader accepts it",
     "answer": "its vote in a majority; null for none",
     "tokens": "tokens of it",

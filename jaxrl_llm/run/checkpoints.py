@@ -176,7 +176,7 @@ def checkpoints_of(path: str | Path) -> tuple[Path, int | None]:
     if not steps(folder):
         raise CheckpointError(
             f"{path} holds no checkpoint; give a run directory (with checkpoints/ inside) or one checkpoint, "
-            "for example runs/demo or runs/demo/checkpoints/120"
+            "for example runs/demo or runs/demo/checkpoints/270"
         )
     return folder, None
 

@@ -174,7 +174,7 @@ def restored_network(path: str | Path, name: str) -> tuple[Model, Network, PyTre
     if name not in c.networks:
         known = ", ".join((POLICY, *c.networks))
         raise checkpoints.CheckpointError(
-            f"run {path} has no network {name!r}; set `of` to one of its networks: {known}"
+            f"run {path} has no network {name!r}; its networks are {known} (`networks.NAME.of` names one)"
         )
     network = c.networks[name]
     state = jax.eval_shape(partial(initial_state, c), jax.random.key(0), None, given_shapes(c.networks))

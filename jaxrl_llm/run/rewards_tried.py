@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -115,20 +116,27 @@ def _unusable(function: Any, rows: Sequence[Mapping[str, Any]]) -> str | None:
 def try_rewards(parts: Parts, sets: Mapping[str, Any]) -> None:
     """Call each reward that reads text on two rows: the first training problem with its reference completion.
 
-    A reward with `value_on_failure` is allowed to fail, so it is not called.
+    A reward with `value_on_failure` may fail on one of them.
 
     Raises:
       RewardError: if a reward fails.
     """
-    terms = [t for t in parts.step.composition.rewards if t.on_host and t.value_on_failure is None]
+    terms = [term for term in parts.step.composition.rewards if term.on_host]
     if not terms or "train" not in sets or parts.step.composition.rollout is None:
         return
-    record, decode = sets["train"][0], parts.tokenizer.decode
-    rows = _two_rows(trace(parts), parts.tokenizer.encode(record.get("response") or record["answer"]))
-    context = Context([record], decode)
+    record, tokenizer = sets["train"][0], parts.tokenizer
+    rows = _two_rows(trace(parts), tokenizer.encode(record.get("response") or record["answer"]))
+    context = Context([record], tokenizer.decode, eos_ids=tuple(tokenizer.eos_ids))
     state: Any = SimpleNamespace(step=0)  # a reading uses only the step of the state
     outputs = {term.name: (f"reward/{term.name}",) for term in terms}
-    read_values(terms, outputs, rows, None, state, context, np.arange(2), None, None)
+
+    def tried(chosen: Sequence[Any]) -> None:
+        if chosen:
+            read_values(chosen, outputs, rows, None, state, context, np.arange(2), None, None)
+
+    tried(terms)
+    useless = [term for term in terms if context.numbers.get(f"failures/{term.name}") == 2]
+    tried([replace(term, value_on_failure=None) for term in useless])  # raises the error of the function
 
 
 def _two_rows(shapes: Experience, completion: Sequence[int]) -> dict[str, np.ndarray]:

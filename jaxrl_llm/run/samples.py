@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxrl_llm.experience import Experience
+from jaxrl_llm.experience import Experience, without_end
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.reporting import samples_table
 from jaxrl_llm.training.reading import item_numbers
@@ -34,13 +34,13 @@ def write_samples(
     held = {name: value[chosen] for name, value in hosts.host_copy({n: rows[n] for n in names if n in rows}).items()}
     if not due:
         return
-    decode = run.parts.tokenizer.decode
+    decode, ends = run.parts.tokenizer.decode, run.parts.tokenizer.eos_ids
     of = [items[number] for number in item_numbers(held["prompt_id"], held["group"], None, items)]
     rewards = run.parts.step.composition.rewards
     written = [
         {
             "prompt": of[i]["body"],
-            "completion": decode(held["tokens"][i][: held["length"][i]].tolist()),
+            "completion": decode(without_end(held["tokens"][i][: held["length"][i]], ends)),
             "answer": of[i]["answer"],
             "truncated": bool(held["truncated"][i]),
         }

@@ -241,10 +241,12 @@ def run_stage(
     with _progress(run, stage, counted) as progress, run.timed(stage.name):
         rates, mark = learning_rates(stage.parts.config.training, stage.steps, state), time.monotonic()
 
-        def report(done: int, metrics: dict[str, Any], rows: Experience, items: list) -> None:
+        def report(done: int, metrics: dict[str, Any], rows: Experience, items: list, returned: float) -> None:
             nonlocal mark
             shown = looked_at(run, jax.device_get(metrics), done, offset, stage.name, rows)
-            seconds, mark = time.monotonic() - mark, time.monotonic()
+            # Of a step with host parts, the next one has waited for the host when its metrics are read.
+            ended = time.monotonic() if len(stage.parts.step.segments) == 1 else returned
+            seconds, mark = ended - mark, ended
             shown |= {"learning_rate": float(rates[done - first - 1]), "seconds": seconds} | memory_in_use()
             if stage.samples and "completion_tokens" in shown:
                 tokens = shown["completion_tokens"] * counted
@@ -280,8 +282,7 @@ def run_stage(
             choices = next_choices(choices, new_state)
             if unread is not None:
                 report(*unread)
-            state, unread = new_state, (done, metrics, rows, items)
-            reached = False
+            state, unread, reached = new_state, (done, metrics, rows, items, time.monotonic()), False
             if stage.probe_every_steps and done % stage.probe_every_steps == 0 and (done < stage.steps or not last):
                 run.watch.allow()  # a resumed run compiles its evaluation here
                 metrics |= (probed := _probed(run, stage, state, measure))

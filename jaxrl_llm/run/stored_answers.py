@@ -117,7 +117,7 @@ def stored_answers(
     )
     for batch in batches:
         prompts = hosts.placed_rows(batch.prompts, place.mesh, place.rules)
-        context = Context(batch.items, parts.tokenizer.decode)
+        context = Context(batch.items, parts.tokenizer.decode, eos_ids=tuple(parts.tokenizer.eos_ids))
         # From here on every process of a run does the same with all rows.
         rows = hosts.host_copy(run(draw, state, {"prompts": prompts}, context)["rows"])
         facts = (rows["correct"], rows.sample, rows.group, rows.weight)

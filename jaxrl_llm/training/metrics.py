@@ -51,7 +51,7 @@ def reward_metrics(
 
     Args:
       components: one column per function; NaN where it does not apply.
-      weight: of each row.
+      weight: of each row, rows to which no function applies included.
       names: of the functions.
     """
     metrics = {}
@@ -98,9 +98,11 @@ def experience_metrics(
     Args:
       experience: a batch after credit, which may have set weights to 0.
       weight: weight of each row as sampled, so that rows left out since then are included; `kept_share` is the share
-        that was kept.
+        that was kept. Rows to which no reward applies have weight 0, and count in `kept_share` and in the shares of
+        rows to which each reward applies.
       rewards: names of the reward functions, one per column.
     """
+    drawn = jnp.where(experience["unrated"] > 0, 1.0, weight) if "unrated" in experience else weight
     rows = jnp.maximum(weight.sum(), 1.0)
     mask = experience.mask * weight[:, None]
     tokens = jnp.maximum(mask.sum(), 1.0)
@@ -117,11 +119,11 @@ def experience_metrics(
     metrics |= {
         "completion_tokens": mean(written_by_policy(experience).sum(-1)),
         "truncated_share": mean(experience.truncated.astype(jnp.float32)),
-        "kept_share": mean((experience.weight > 0).astype(jnp.float32)),
+        "kept_share": jnp.where(experience.weight > 0, weight, 0.0).sum() / jnp.maximum(drawn.sum(), 1.0),
         "entropy_per_token": token_mean(experience.behaviour_entropy),
     }
     if rewards and "reward_components" in experience:
-        metrics |= reward_metrics(experience["reward_components"], weight, rewards)
+        metrics |= reward_metrics(experience["reward_components"], drawn, rewards)
     if "reference_logprobs" in experience:
         metrics["kl_reference_per_token"] = token_mean(experience.behaviour_logprobs - experience["reference_logprobs"])
     told = [jnp.shape(experience[name]) for name in ("old_values", "returns") if name in experience]

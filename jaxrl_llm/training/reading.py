@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from jaxrl_llm.bounds import shown
-from jaxrl_llm.experience import Experience, TrainState
+from jaxrl_llm.experience import Experience, TrainState, without_end
 from jaxrl_llm.fields import FIELDS, TEXT, absent_value, is_written_text, kind_of
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.rewards.host import Reading, RewardError, answered
@@ -36,6 +36,7 @@ class Context:
     Attributes:
       items: one dictionary per prompt of the whole batch (body, answer, ...), on every process; or None.
       decode, encode: token ids -> text, and back.
+      eos_ids: ends of sequence, which the texts of completions do not contain.
       call: caller of an open environment in Python.
       stop: called before each program and host call; may raise to abort the step.
       numbers: seconds and failures of readings, by metric.
@@ -44,6 +45,7 @@ class Context:
     items: Sequence[Mapping[str, Any]] | None = None
     decode: Callable[[Sequence[int]], str] | None = None
     encode: Callable[[str], list[int]] | None = None
+    eos_ids: tuple[int, ...] = ()
     call: Any = None
     stop: Callable[[], None] = lambda: None
     numbers: dict[str, float] = field(default_factory=dict)
@@ -90,6 +92,15 @@ def reading_part(name: str, terms: Sequence[Any], outputs: Mapping[str, Sequence
         return {key: work[key].filled(**made)}
 
     return Host(name, read, shapes)
+
+
+def _said(context: Context, tokens: np.ndarray, length: np.ndarray) -> list[str]:
+    """Texts of completions, without end of sequence."""
+    assert context.decode is not None
+    return [
+        context.decode(without_end(row[:count].tolist(), context.eos_ids))
+        for row, count in zip(tokens, length, strict=True)
+    ]
 
 
 def _dtype(name: str) -> Any:
@@ -240,11 +251,11 @@ def read_values(
             if name in needed or any(value is not None for value in values):
                 text[name] = values
     if context.decode is not None:
-        decode, tokens, length = context.decode, rows["tokens"], rows["length"]
-        text["completions"] = [decode(tokens[row, : length[row]].tolist()) for row in present]
+        text["completions"] = _said(context, rows["tokens"][present], rows["length"][present])
         for name in written:
-            tokens, length = rows[f"{name[:-5]}_tokens"], rows[f"{name[:-5]}_length"]
-            text[name] = [decode(tokens[row, : length[row]].tolist()) if length[row] else None for row in present]
+            length = rows[f"{name[:-5]}_length"][present]
+            said = _said(context, rows[f"{name[:-5]}_tokens"][present], length)
+            text[name] = [one if count else None for one, count in zip(said, length, strict=True)]
     arrays = {name: value[present] for name, value in rows.items()}
     found: dict[str, np.ndarray] = {}
     for term in terms:

@@ -150,7 +150,8 @@ class TrainStep:
     def _context(self, items: Any, call: Any) -> Context:
         """The host resources of a step; raises ValueError if something is missing, before anything is computed."""
         c = self.composition
-        context = Context(items, c.resources.decode, c.resources.encode, call)
+        ends = () if c.rollout is None else tuple(c.rollout.eos_ids)
+        context = Context(items, c.resources.decode, c.resources.encode, ends, call)
         environment = None if c.rollout is None else c.rollout.environment
         if isinstance(environment, HostEnvironment) or reads_items(
             (*c.rewards, *c.credit, *c.views.values()), c.resources.columns

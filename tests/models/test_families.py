@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -425,6 +426,14 @@ def test_a_model_of_our_own_is_written_as_the_family_that_it_is():
         config_to_json(TransformerConfig(vocabulary_size=11, width=16, layers=2, heads=2, kv_heads=1, post_norms=True))
     with pytest.raises(ValueError, match=r"differs from the original config\.json in width"):
         config_to_json(demo, original=config_to_json(demo) | {"hidden_size": 18, "head_dim": 8})
+
+
+def test_how_a_run_computes_does_not_change_what_is_exported():
+    demo = TransformerConfig(vocabulary_size=11, width=16, layers=2, heads=2, kv_heads=1)
+    written = config_to_json(demo)
+    for change in ({"remat": "full"}, {"cache_dtype": "int8"}, {"cache_layout": "paged"}):
+        assert config_to_json(replace(demo, **change)) == written
+        assert config_to_json(replace(demo, **change), original=written) == written
 
 
 @pytest.mark.parametrize(

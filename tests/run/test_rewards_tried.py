@@ -31,6 +31,16 @@ def broken(completions, hardness):
     return [1.0 / (number - number) for number in hardness]
 
 
+FAILED = []
+
+
+def failing_once(completion):
+    if not FAILED:
+        FAILED.append(completion)
+        raise TimeoutError("busy")
+    return 1.0
+
+
 def one_for_all(completions):
     return [1.0]
 
@@ -78,7 +88,16 @@ def test_a_reward_is_tried_on_the_first_row_with_its_columns(made):
 def test_a_reward_that_fails_says_so_before_a_step(made):
     with pytest.raises(RewardError, match=r"reward 'broken' raised ZeroDivisionError: .* at row 0"):
         try_rewards(*made("broken", {"hardness": 3}))
-    try_rewards(*made("broken", {"hardness": 3}, value_on_failure=0.0))
+
+
+@pytest.mark.parametrize("function", [broken, one_for_all, worded])
+def test_a_reward_that_cannot_work_is_refused_whatever_its_value_on_failure(made, function):
+    with pytest.raises(RewardError, match=f"'{function.__name__}' (raised|returned)"):
+        try_rewards(*made(function.__name__, {"hardness": 3}, value_on_failure=0.0))
+
+
+def test_a_reward_with_a_value_on_failure_may_fail_on_one_row(made):
+    try_rewards(*made("failing_once", {"hardness": 3}, value_on_failure=0.0))
 
 
 @pytest.mark.slow

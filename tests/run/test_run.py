@@ -96,7 +96,7 @@ def test_samples_are_text_with_its_rewards(finished_run):
         assert sum(map(int, line["prompt"][2:].split("+"))) == int(line["answer"])
         assert line["reward"] == line["rewards"]["answer_format"] + 2 * line["rewards"]["exact_answer"]
         assert line["correct"] == (line["rewards"]["answer_format"] >= 1)  # the first reward
-        assert line["completion"].endswith("<eos>") != line["truncated"]
+        assert "<eos>" not in line["completion"]
 
 
 def test_tensorboard_events_are_there(finished_run):
@@ -222,7 +222,9 @@ def test_a_terminated_run_stops(interrupted_run):
 
 @pytest.mark.slow
 @pytest.mark.fault(
-    "signals", "SIGKILL", "`--resume` goes on from the last checkpoint, and every number is that of a run without it"
+    "signals",
+    "SIGKILL",
+    "`--resume` continues from the last checkpoint, and every number equals that of an uninterrupted run",
 )
 def test_a_run_that_is_killed_is_that_of_one_that_was_not(finished_run, micro_yaml, tmp_path):
     run = tmp_path / "run"
@@ -239,7 +241,7 @@ def test_a_run_that_is_killed_is_that_of_one_that_was_not(finished_run, micro_ya
 @pytest.mark.fault(
     "storage",
     "the newest checkpoint is damaged",
-    "it is named and moved to `RUN/damaged/`; the run goes on from the one before it with the same numbers",
+    "it is named and moved to `RUN/damaged/`; the run continues from the one before it with the same numbers",
 )
 def test_a_run_goes_on_from_the_newest_good_checkpoint(interrupted_run):
     status, said = interrupted_run.refused

@@ -821,7 +821,7 @@ RUNS = {
 @pytest.mark.fault(
     "numbers",
     "divergence, entropy, length, cut completions, log-probability gap, constant rewards, reward hacking",
-    "an alarm, said once while it lasts; the run goes on",
+    "an alarm, printed once while its condition holds; the run continues",
 )
 @pytest.mark.parametrize("kind", RUNS)
 def test_alarms_ring_once(kind):

@@ -50,6 +50,18 @@ def test_rewards_are_seen_apart(rows):
     assert metrics["reward/exact_std"] == metrics["reward_std"] == pytest.approx(rewards.std())
 
 
+def test_rows_without_a_reward_count_in_the_shares_alone(rows):
+    """The first two of eight rows have no reward, and so no weight after the sum of rewards."""
+    unrated = jnp.zeros(8).at[:2].set(1)
+    rewards = jnp.where(unrated > 0, jnp.nan, 1.0)
+    scored = rows.replace(weight=1 - unrated).filled(
+        rewards=jnp.nan_to_num(rewards), correct=1 - unrated, reward_components=rewards[:, None], unrated=unrated
+    )
+    metrics = experience_metrics(scored, scored.weight, ["exact"])
+    assert metrics["reward/exact_applies"] == metrics["kept_share"] == 0.75
+    assert metrics["reward"] == metrics["reward/exact"] == 1
+
+
 def test_sources_are_seen_apart(rows):
     rewards = jnp.asarray([1.0, 1, 0, 1, 0, 0, 1, 1])
     scored = rows.filled(rewards=rewards, correct=rewards * 0, source_id=jnp.asarray([0, 0, 0, 0, 1, 1, -1, 1]))

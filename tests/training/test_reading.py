@@ -71,6 +71,23 @@ def test_readings_get_what_they_name(rows):
     assert seen["completions"][1] == decode(rows.tokens[1, :2].tolist())
 
 
+def test_texts_do_not_contain_the_end_of_sequence(rows):
+    seen = {}
+    said = seen.setdefault
+    judge = lambda completions, critique_text: said("read", (completions, critique_text)) and np.zeros(8)  # noqa: E731
+    tokens = np.asarray(rows.tokens)
+    ends = (int(tokens[0, int(rows.length[0]) - 1]),)
+    written = rows.filled(critique_tokens=rows.tokens, critique_length=rows.length)
+    context = Context(ITEMS, decode, eos_ids=ends)
+    term = Reward(judge, 0.5, "judge")
+    reading_part("reading", [term], {"judge": ("reward/judge",)}, "rows", 2).function(At(), {"rows": written}, context)
+    for texts in seen["read"]:
+        for row, (text, length) in enumerate(zip(texts, rows.length.tolist(), strict=True)):
+            ended = int(tokens[row, length - 1]) in ends
+            assert text == decode(tokens[row, : length - ended].tolist())
+    assert seen["read"][0][0].split() == decode(tokens[0, : int(rows.length[0]) - 1].tolist()).split()
+
+
 def test_rows_find_their_items_by_the_id_of_their_prompt(rows):
     prompts = Prompts(*(np.zeros(4, np.int32),) * 5).replace(prompt_id=np.array([3, 2, 1, 0]))
     seen = column(rows, lambda items: [item["level"] for item in items], prompts=prompts)

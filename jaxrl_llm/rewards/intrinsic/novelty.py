@@ -12,12 +12,13 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxrl_llm.ranges import Count, NonNegative, Positive, Share, ranged
+from jaxrl_llm.rewards.verifiers.text_similarity import Tags, said
 from jaxrl_llm.statistics import group_max, group_min, group_size, group_sum
 
 
 @ranged
 def ngram_counts(
-    completions: Sequence[str], *, letters: Count = 3, buckets: Count = 256
+    completions: Sequence[str], *, letters: Count = 3, buckets: Count = 256, tags: Tags = None
 ) -> Float[np.ndarray, "B buckets"]:
     """Hashed counts of the character n-grams of each text: an embedding without a model.
 
@@ -25,15 +26,18 @@ def ngram_counts(
       completions: texts.
       letters: characters per n-gram.
       buckets: length of the vector.
+      tags: tags around the part that is counted, such as those of the answer; "marked" takes the text after `####` or
+        in a box; None counts all of it.
 
     Returns:
-      One vector [buckets] per text; zeros for texts shorter than `letters`.
+      One vector [buckets] per text; zeros for texts without that part, or shorter than `letters`.
 
     Reference: EVOL-RL (2509.15194).
     Certainty: verified
     """
     made = np.zeros((len(completions), buckets), np.float32)
-    for counts, text in zip(made, completions, strict=True):
+    for counts, whole in zip(made, completions, strict=True):
+        text = said(whole, tags) or ""
         for start in range(len(text) - letters + 1):
             counts[zlib.crc32(text[start : start + letters].encode("utf-8", "replace")) % buckets] += 1
     return made

@@ -15,7 +15,6 @@ def keyword_rewards(
     *,
     field: str = "answer",
     separator: str = ";",
-    end: str = "<eos>",
     positive: float = 1.0,
     negative: float = -0.2,
     avoid: tuple[str, ...] = (),
@@ -29,7 +28,6 @@ def keyword_rewards(
       items: records of the data.
       field: field of a record with the reference text.
       separator: between keywords.
-      end: text at the end of a completion that belongs to no keyword.
       positive, negative: values of a keyword.
       avoid: keywords with value `negative`.
 
@@ -48,7 +46,7 @@ def keyword_rewards(
     for completion, item in zip(completions, items, strict=True):
         if field not in item:
             raise ValueError(f"keyword_rewards.field is {field!r}, which a record lacks; it has {sorted(item)}")
-        keywords = completion.removesuffix(end).split(separator)
+        keywords = completion.split(separator)
         values = keyword_values(keywords, str(item[field]), positive=positive, negative=negative, avoid=avoid)
         found.append(sum(values) / len(values))
     return found

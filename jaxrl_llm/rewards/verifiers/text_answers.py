@@ -13,6 +13,7 @@ from typing import Any
 
 from jaxrl_llm.data.tasks import countdown as countdown_task
 from jaxrl_llm.ranges import ranged
+from jaxrl_llm.rewards.verifiers.text_similarity import Tags, said
 
 
 def extract_answer(text: str, *, open_tag: str = "<a>", close_tag: str = "</a>") -> str | None:
@@ -29,21 +30,23 @@ def extract_answer(text: str, *, open_tag: str = "<a>", close_tag: str = "</a>")
     return None if closing < 0 else text[start:closing].strip(" \n")
 
 
-def exact_match(
-    completions: Sequence[str], answers: Sequence[str], *, open_tag: str = "<a>", close_tag: str = "</a>"
-) -> list[float]:
+def exact_match(completions: Sequence[str], answers: Sequence[str], *, tags: Tags = ("<a>", "</a>")) -> list[float]:
     """1 where the completion's answer equals the reference answer character by character, else 0.
+
+    Spaces and line breaks around the answer do not count.
 
     Args:
       completions: decoded completions.
       answers: reference answers.
-      open_tag, close_tag: around the answer, such as `<answer>` and `</answer>`.
+      tags: tags around the answer; "marked" takes the text after `####` or in a box; None the whole completion.
 
     Returns:
       One reward per row, 0 or 1.
     """
-    said = [extract_answer(text, open_tag=open_tag, close_tag=close_tag) for text in completions]
-    return [float(one == answer) for one, answer in zip(said, answers, strict=True)]
+    compared = [said(text, tags) for text in completions]
+    return [
+        float(one is not None and one.strip(" \n") == answer) for one, answer in zip(compared, answers, strict=True)
+    ]
 
 
 def countdown(completions: Sequence[str | None], prompts: Sequence[str]) -> list[float | None]:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 def turn_format_reward(
     completions: Sequence[str],
     *,
-    turn: str = r"<a>[^<>]+</a>(<n>|<eos>)?",
+    turn: str = r"<a>[^<>]+</a>(<n>)?",
     observation: str = r"<o>.*?</o>",
 ) -> list[float]:
     r"""Share of a conversation's turns that match a pattern, scaled to [-1, 1].
@@ -27,7 +27,7 @@ def turn_format_reward(
     Raises:
       ValueError: for an invalid regular expression.
 
-    >>> texts = ["<a>U</a><n><o>....#</o><a>L</a><n><o>...##</o>L<eos>", "<a>U</a><n>", ""]
+    >>> texts = ["<a>U</a><n><o>....#</o><a>L</a><n><o>...##</o>L", "<a>U</a><n>", ""]
     >>> [round(reward, 6) for reward in turn_format_reward(texts)]
     [0.333333, 1.0, 0.0]
 

@@ -196,6 +196,8 @@ def test_prompts_whose_pass_rates_move_like_those_of_labelled_ones_are_trusted()
 def test_a_vote_of_texts_and_embeddings_of_texts():
     texts = ["<a>3</a>", "<a>5</a>", "", "<a> 5</a>", "<a>3</a>", "<a>7</a>", "no answer", ""]
     assert rewards.voted_answer(texts, [0] * 6 + [1, 1]) == [1, 0, 0, 0, 1, 0, 0, 0]
+    inner = rewards.ngram_counts(["so <a>abcabc</a>", "abcabc"], letters=3, buckets=16, tags=("<a>", "</a>"))
+    np.testing.assert_array_equal(inner, [rewards.ngram_counts(["abcabc"], letters=3, buckets=16)[0], np.zeros(16)])
     counts = rewards.ngram_counts(["abcabc", "ab", ""], letters=3, buckets=16)
     assert [count.sum() for count in counts] == [4, 0, 0]
     assert counts[0].max() >= 2

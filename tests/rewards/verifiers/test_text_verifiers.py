@@ -96,11 +96,12 @@ EXAMPLES = [
         {
             "completions": ["<answer> 7 </answer>", "<a>7</a>"],
             "answers": ["7", "7"],
-            "open_tag": "<answer>",
-            "close_tag": "</answer>",
+            "tags": ("<answer>", "</answer>"),
         },
         [1, 0],
     ),
+    (rewards.exact_match, {"completions": ["7 ", "<a>7</a>"], "answers": ["7", "7"], "tags": None}, [1, 0]),
+    (rewards.exact_match, {"completions": ["so\n#### 7", "7"], "answers": ["7", "7"], "tags": "marked"}, [1, 0]),
     (
         rewards.word_match,
         {"completions": ["The cat!", "dog", "", "a the"], "answers": ["cat", "cat", "cat", "an"]},
