@@ -69,7 +69,9 @@ def contents(file: Path, called: str) -> bytes:
     try:
         return file_bytes(file.expanduser())
     except OSError as error:
-        raise ValueError(f"{called} {file} cannot be read: {error.strerror}; give the path of a readable file") from None
+        raise ValueError(
+            f"{called} {file} cannot be read: {error.strerror}; give the path of a readable file"
+        ) from None
     except (ValueError, RuntimeError) as error:  # not a regular file, or no home directory
         raise ValueError(f"{called} cannot be read: {error}; give the path of a readable file") from None
 

@@ -259,9 +259,8 @@ def run_stage(
                 write_samples(run, offset + done, done, rows, items, first=done == first + 1, last=stage.steps)
             progress.update(done, shown)
 
-        alarms, unread = Alarms(), None
+        alarms, unread, choices = Alarms(), None, choices_of(state)
         widths: set[int] = set()
-        choices = choices_of(state)
         for index in range(first, first if early_stopping.over(run.meta, stage.name, first) else stage.steps):
             done = index + 1
             prompts, items = _prompts(run, stage, data, index, choices)

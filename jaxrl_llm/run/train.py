@@ -18,7 +18,6 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 from rich.console import Console
 
-from jaxrl_llm.bounds import counted
 from jaxrl_llm.config import BranchConfig, Config, as_tree, numeric_tree, placement_tree
 from jaxrl_llm.data import Batches
 from jaxrl_llm.endpoints import require_model
@@ -380,7 +379,7 @@ def _stored(run: Run, stage: Stage, params: Any, key: Any, fresh: bool) -> Store
         if hosts.is_main():
             stored.save(run.config.directory)
         run.meta["stored_answers"] = stored.fingerprint
-    run.console.print(f"{counted(len(stored), 'answer')} stored, {counted(len(stored.explored), 'prompt')} explored")
+    run.console.print(f"answers stored: {len(stored)}; prompts explored: {len(stored.explored)}")
     return stored
 
 
