@@ -28,7 +28,8 @@ What the lists `rewards`, `credit`, `losses`, `source`, `rollout.plan`, `views` 
 functions: [methods](methods.md) has them all with their hyper-parameters, [the engine](engine.md) explains how they go
 together. `jaxrl explain CONFIG` shows what a config comes to, defaults included.
 
-Keys marked *free* decide no number: they may change when a run is resumed.
+Keys marked *free* decide no number: they may change when a run is resumed. So may the keys that say how functions,
+judges and environments are called, such as `deadline_s`: [resume and branch](how_to/resume.md) lists them.
 """
 # What the docstring of `Config` does not say of its own keys.
 TOP = {

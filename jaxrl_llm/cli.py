@@ -88,12 +88,9 @@ def _foreseen(error: BaseException, options: argparse.Namespace) -> tuple[int, s
         from jaxrl_llm.parallel.peers import LOST
 
         return _failed(error, options, LOST)
-    failed = (
-        *_raised("run.nonfinite", "TrainingError"),
-        *_raised("rewards.host", "RewardError"),
-        *_raised("rollout.engine_http", "EndpointError"),
-        *_raised("run.failures", "StorageError"),
-    )
+    kinds = {"run.nonfinite": "TrainingError", "rewards.host": "RewardError", "endpoints": "EndpointError"}
+    kinds |= {"evaluation.grading": "GraderError", "run.failures": "StorageError"}
+    failed = tuple(kind for place in kinds.items() for kind in _raised(*place))
     if isinstance(error, failed):
         return _failed(error, options, 1)
     if isinstance(error, (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)):

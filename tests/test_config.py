@@ -29,7 +29,7 @@ from jaxrl_llm.data import CharacterTokenizer
 from jaxrl_llm.data.judged_rows import READERS
 from jaxrl_llm.experience import Loss
 from jaxrl_llm.models import TransformerConfig, save_model, transformer
-from jaxrl_llm.run.checkpoints import config_hash
+from jaxrl_llm.run.checkpoints import CheckpointError, config_hash, require_own_config
 from jaxrl_llm.run.setup import parts
 from jaxrl_llm.run.staged import last_stage, staged
 from jaxrl_llm.shipped import recipe_path
@@ -298,6 +298,76 @@ def test_files_that_are_no_configs_are_refused(tmp_path, name, message):
 )
 def test_what_decides_no_number_is_not_hashed(parsed, override):
     assert config_hash(numeric_tree(parsed(override))) == config_hash(numeric_tree(parsed()))
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (
+            ["rewards=[{python: 'm:f', width: 1}, count]"],
+            ["rewards=[{python: 'm:f', width: 1, deadline_s: 5, executor: thread}, {count: {value_on_failure: 0}}]"],
+        ),
+        (
+            ["rewards=[{rating: {judge: {url: 'http://a', model: m}}}]"],
+            ["rewards=[{rating: {deadline_s: 9, judge: {url: 'http://b', model: m, timeout_s: 9, retries: 5}}}]"],
+        ),
+        (
+            ["credit=[{advantages: {python: 'm:f'}}]"],
+            ["credit=[{advantages: {python: 'm:f', value_on_failure: 0.0, memory_gib: 2}}]"],
+        ),
+        (["views={again: {python: 'm:f'}}"], ["views={again: {python: 'm:f', deadline_s: 3}}"]),
+        (
+            ["environment={python: 'm:f', turns: 3}"],
+            ["environment={python: 'm:f', turns: 3, executor: thread, on_failure: observation, deadline_seconds: 9}"],
+        ),
+        (
+            ["stages=[{name: a, rewards: [{python: 'm:f', deadline_s: 1}]}]"],
+            ["stages=[{name: a, rewards: [{python: 'm:f', deadline_s: 2}]}]"],
+        ),
+        (["faults={}"], ["faults={most_failed_share: 1.0, stalled_after_medians: 0}"]),
+    ],
+    ids=["rewards", "judge", "credit", "views", "environment", "stages", "faults"],
+)
+def test_how_functions_are_called_may_change_on_resume(parsed, before, after):
+    assert differences(numeric_tree(parsed(*before)), numeric_tree(parsed(*after))) == []
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        ("rewards=[{python: 'm:f', deadline_s: 1}]", "rewards=[{python: 'm:f', weight: 2}]", "rewards.0.weight"),
+        ("rewards=[{python: 'm:f'}]", "rewards=[{python: 'm:g', deadline_s: 1}]", "rewards.0.python"),
+        (
+            "rewards=[{rating: {judge: {url: u, model: m}}}]",
+            "rewards=[{rating: {judge: {url: u, model: n}}}]",
+            "rewards.0.rating.judge.model",
+        ),
+        ("environment={python: 'm:f', turns: 3}", "environment={python: 'm:f', turns: 4}", "environment.turns"),
+    ],
+)
+def test_what_functions_compute_may_not(parsed, before, after, said):
+    (found,) = differences(numeric_tree(parsed(before)), numeric_tree(parsed(after)))
+    assert found.startswith(f"{said} (")
+
+
+def test_a_refused_number_of_steps_comes_with_its_reason(parsed):
+    def refusal(*overrides):
+        old = parsed(*overrides)
+        meta = {"config_hash": config_hash(numeric_tree(old)), "config": numeric_tree(old), "placement": {}}
+        with pytest.raises(CheckpointError) as caught:
+            require_own_config(parsed(*overrides, *changed), meta)
+        return str(caught.value)
+
+    changed = ["training.steps=200"]
+    assert "training.steps may only change under a constant schedule, since training.schedule cosine" in refusal(
+        "training.schedule=cosine"
+    )
+    changed = ["stages.a.training.steps=3"]
+    assert "the number of steps of an entry of stages may not change" in refusal(
+        "stages=[{name: a, training: {steps: 2}}]"
+    )
+    changed = ["seed=1"]
+    assert "steps" not in refusal("training.schedule=cosine").partition("was started with")[2]
 
 
 @pytest.mark.parametrize(

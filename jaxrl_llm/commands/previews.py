@@ -15,6 +15,7 @@ from jaxrl_llm.compilation_cache import enable_compilation_cache
 from jaxrl_llm.planning.plan_tables import tables
 from jaxrl_llm.planning.run_plan import plan, refusal
 from jaxrl_llm.run.explain import abstract_inputs, explanation, sizes, stages, trace
+from jaxrl_llm.run.remarks import left_out_warm_start
 from jaxrl_llm.run.setup import Parts, parts
 from jaxrl_llm.run.staged import last_stage
 
@@ -22,7 +23,10 @@ from jaxrl_llm.run.staged import last_stage
 def show_step(options: argparse.Namespace) -> None:
     """The composed step of a config; with several stages, that of the last one."""
     enable_compilation_cache()
-    built = parts(last_stage(loaded_config(options.config)))
+    config = loaded_config(options.config)
+    built = parts(last_stage(config))
+    if not options.json and (note := left_out_warm_start(config)):
+        print(note)
     if not options.json and not options.verbose:
         _show_outline(options, built)
         return

@@ -1,5 +1,6 @@
 """Configuration: typed frozen dataclasses, read from YAML, with dotted overrides and errors that suggest a remedy."""
 
+from jaxrl_llm.config.compared import OF_ENVIRONMENTS, differences, numeric_tree, placement_tree
 from jaxrl_llm.config.errors import FREE, PLACEMENT, ConfigError
 from jaxrl_llm.config.inputs import (
     BranchConfig,
@@ -31,11 +32,8 @@ from jaxrl_llm.config.operation import (
 )
 from jaxrl_llm.config.parsing import (
     as_tree,
-    differences,
     load_config,
-    numeric_tree,
     parse_config,
-    placement_tree,
     read_tree,
     stage_trees,
 )
@@ -43,6 +41,7 @@ from jaxrl_llm.config.whole import Config
 
 __all__ = [
     "FREE",
+    "OF_ENVIRONMENTS",
     "PLACEMENT",
     "AboutConfig",
     "AdapterConfig",

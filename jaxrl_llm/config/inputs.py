@@ -259,13 +259,15 @@ class BranchConfig:
     Attributes:
       path: directory of the run, or of one of its checkpoints.
       step: of the checkpoint; None uses the newest. `RUN@step` abbreviates both.
-      optimizer: also read the optimiser's moments and its count of updates, which schedules read; the optimiser must be
-        the same.
+      optimizer: the first stage that runs also continues with the optimiser's moments and its count of updates, which
+        schedules read; the optimiser must be the same.
+      warm_start: run the warm start (section `warm_start`) over this policy, too; without it the run begins after it.
     """
 
     path: str
     step: Natural | None = None
     optimizer: bool = False
+    warm_start: bool = False
 
     def __post_init__(self):
         require_ranges(self, "init_from")
@@ -288,7 +290,8 @@ class WarmStartConfig:
     """Supervised steps on reference solutions before reinforcement; with 0 steps there are none.
 
     Attributes:
-      steps: at most this many updates.
+      steps: at most this many updates. A run that starts from another one (`init_from`) makes none, unless
+        `init_from.warm_start` is true.
       sequences_per_step: demonstrations in a batch.
       learning_rate: peak, reached after `warmup_steps`, then constant.
       warmup_steps: steps of the linear rise.

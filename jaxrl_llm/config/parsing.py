@@ -345,47 +345,6 @@ def as_tree(config: Config) -> dict[str, Any]:
     return _copied(asdict(config))
 
 
-def numeric_tree(config: Any) -> dict[str, Any]:
-    """The part of a config that decides the numbers, which a checkpoint's config hash covers; see `FREE`."""
-    tree = _deciding(config)
-    # More steps may be added to a run, unless a schedule depends on their number.
-    if config.training.schedule == "constant":
-        del tree["training"]["steps"]
-    return tree
-
-
-def placement_tree(value: Any) -> dict[str, Any]:
-    """The part of a config that only decides where, and in which parts, numbers are computed; see `PLACEMENT`."""
-    found = {}
-    for f in fields(value):
-        held = getattr(value, f.name)
-        if f.metadata.get("placement"):
-            found[f.name] = _copied(asdict(held) if is_dataclass(held) and not isinstance(held, type) else held)
-        elif is_dataclass(held) and not isinstance(held, type) and (inner := placement_tree(held)):
-            found[f.name] = inner
-    return found
-
-
-def differences(old: Any, new: Any, key: str = "") -> list[str]:
-    """Differences of two trees as `key (old value, now new value)`; a list of another length is one difference."""
-    if isinstance(old, Mapping) and isinstance(new, Mapping):
-        names = [(name, old.get(name), new.get(name)) for name in dict.fromkeys([*old, *new])]
-    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        names = [(str(place), *pair) for place, pair in enumerate(zip(old, new, strict=True))]
-    else:
-        return [] if old == new else [f"{key} ({old!r}, now {new!r})"]
-    return [found for name, a, b in names for found in differences(a, b, f"{key}.{name}" if key else str(name))]
-
-
-def _deciding(value: Any) -> Any:
-    if is_dataclass(value) and not isinstance(value, type):
-        kept = [f for f in fields(value) if f.metadata.get("decides_numbers", True)]
-        return {f.name: _deciding(getattr(value, f.name)) for f in kept}
-    if isinstance(value, Mapping):
-        return {str(key): _deciding(one) for key, one in value.items()}
-    return [_deciding(one) for one in value] if isinstance(value, list | tuple) else value
-
-
 def stage_trees(config: Config) -> list[dict[str, Any]]:
     """The stages of a run as whole configs in plain dictionaries: each stage is merged over the rest of the config."""
     tree = as_tree(config)

@@ -51,8 +51,9 @@ class Config:
 
     `environment` holds options of the environment of a task in turns such as grid; or `python: "module:function"` with
     the keyword arguments of that function, which is called with the tokenizer and returns the user's environment.
-    `executor` (process, sandbox or thread) decides where that environment is called. null removes the environment, in a
-    stage whose task has single completions.
+    `executor` (process, sandbox or thread) decides where an environment in Python is called, and fields of
+    `HostEnvironment` that the function does not take, such as `deadline_seconds` and `on_failure`, how. null removes
+    the environment, in a stage whose task has single completions.
     """
 
     name: str = field(metadata=FREE)
@@ -117,6 +118,11 @@ class Config:
                 "data.prompts is 'chat', but a model described by its shape has no chat template; set "
                 "model.path to a checkpoint, or data.prompts to plain"
             )
+
+    @property
+    def warm_start_steps(self) -> int:
+        """Steps of the warm start of this run: none over the policy of another run, unless it asks for them."""
+        return self.warm_start.steps if self.init_from is None or self.init_from.warm_start else 0
 
     @property
     def has_problems(self) -> bool:

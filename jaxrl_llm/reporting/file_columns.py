@@ -47,6 +47,7 @@ FILES: Mapping[str, Mapping[str, str]] = {
         "warm_start_steps": "steps of the warm start",
         "steps": "configured steps (`training.steps`)",
         "skipped_updates": "updates skipped because of a non-finite gradient",
+        "failures": "of each function of text with `value_on_failure`: the rows for which it failed, over all steps",
         "compilations": "programs that were compiled",
         "compilation_seconds": "how long that took",
         "programs_read": "compiled programs that were read from the cache",

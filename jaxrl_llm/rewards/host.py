@@ -210,10 +210,21 @@ def _told(reading: Reading, error: BaseException, data: Mapping[str, Any], row: 
             f"reward {reading.name!r} took longer than its deadline of {reading.deadline_s} s {where}; raise "
             "deadline_s, or give value_on_failure to go on"
         )
-    return RewardError(
-        f"reward {reading.name!r} raised {type(error).__name__}: {error} {where}; catch the case in the function and "
-        "return the reward that such a completion should get"
-    )
+    remedy = "give value_on_failure, the value of such completions, to go on"
+    if not _shipped(reading.function):
+        remedy = (
+            "catch the case in the function and return the reward that such a completion should get, or "
+            "give value_on_failure to go on"
+        )
+    return RewardError(f"reward {reading.name!r} raised {type(error).__name__}: {error} {where}; {remedy}")
+
+
+def _shipped(function: Any) -> bool:
+    """Whether a function is one of the library, which its user does not edit."""
+    while (inner := getattr(function, "func", None) or getattr(function, "__wrapped__", None)) is not None:
+        function = inner
+    module = getattr(function, "__module__", None) or type(function).__module__
+    return module.startswith("jaxrl_llm.")
 
 
 def _checked(reading: Reading, returned: Any, data: Mapping[str, Any], rows: int) -> list[Any]:

@@ -9,6 +9,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 from jaxrl_llm.sandbox import Returned, Workers
@@ -27,6 +28,8 @@ def caller(
     executor: Executor | None = None,
     workers: int | None = None,
     deadline_seconds: float = 10.0,
+    log: Path | None = None,
+    stop: Callable[[], None] = lambda: None,
 ) -> Iterator[Caller]:
     """A context with a caller of these functions; its processes end with the context.
 
@@ -39,6 +42,8 @@ def caller(
         environment variables, which return plain data. None is "thread".
       workers: number of simultaneous calls; None: 8 threads, or one process per core, at most 8.
       deadline_seconds: longest duration of each call, from its start.
+      log: file of the output and the tracebacks of processes; None drops them.
+      stop: called while waiting for a process; an exception in it ends the calls.
 
     Raises:
       ValueError: for an unknown executor, no workers, no time, or functions that cannot be pickled.
@@ -59,6 +64,8 @@ def caller(
             workers or min(8, os.cpu_count() or 1),
             isolated=isolated,
             environment=BARE if isolated else None,
+            log=log,
+            stop=stop,
         )
     except ValueError as error:
         raise ValueError(

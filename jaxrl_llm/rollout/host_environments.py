@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -35,7 +36,7 @@ class HostEnvironment(NamedTuple):
       executor: "thread", "process" or "sandbox" (see `jaxrl_llm.rollout.host_calls.caller`). None: "process" if a
         config names the environment and its functions can be pickled, else "thread".
       on_failure: what happens if a call of `step` raises an exception, hangs or returns an invalid value: "error" ends
-        the run with a message, "observation" continues with `failure_observation`.
+        the run with a message, its state before the step saved; "observation" continues with `failure_observation`.
       failure_observation: observation after such a turn.
       failure_reward: reward of such a turn.
       failure_ends: whether such a turn ends the episode; else the episode continues from the state before the turn.
@@ -97,8 +98,14 @@ class HostEpisodes(NamedTuple):
 
 
 @contextmanager
-def opened(environment: HostEnvironment) -> Iterator[Caller]:
+def opened(
+    environment: HostEnvironment, *, log: Path | None = None, stop: Callable[[], None] = lambda: None
+) -> Iterator[Caller]:
     """A context with the caller of the environment's functions; its processes end with the context.
+
+    Args:
+      environment: the environment.
+      log, stop: as for `caller`.
 
     Raises:
       ValueError: for an invalid limit, executor, deadline or `on_failure`.
@@ -112,6 +119,8 @@ def opened(environment: HostEnvironment) -> Iterator[Caller]:
         executor=environment.executor,
         workers=environment.workers,
         deadline_seconds=environment.deadline_seconds,
+        log=log,
+        stop=stop,
     ) as call:
         yield call
 

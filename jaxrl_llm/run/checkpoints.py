@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -52,11 +53,11 @@ def require_own_config(config: Config, meta: Mapping[str, Any]) -> str:
       CheckpointError: for changed keys that decide numbers, naming every key with both values.
     """
     if meta["config_hash"] != config_hash(numeric_tree(config)):
+        found = differences(meta["config"], numeric_tree(config))
         raise CheckpointError(
-            f"run {config.directory} was started with another config: "
-            f"{', '.join(differences(meta['config'], numeric_tree(config)))}; resume it with its own values (jaxrl "
-            f"train --resume {config.directory}), or start a new run from its weights with "
-            f"init_from={config.directory} and another run_dir"
+            f"run {config.directory} was started with another config: {', '.join(found)}{_why(config, found)}; resume "
+            f"it with its own values (jaxrl train --resume {config.directory}), or start a new run from its weights "
+            f"with init_from={config.directory} and another run_dir"
         )
     moved = differences(meta["placement"], placement_tree(config))
     if not moved:
@@ -65,6 +66,18 @@ def require_own_config(config: Config, meta: Mapping[str, Any]) -> str:
         f"placement has changed: {', '.join(moved)}; sums are added in another order, so the last digits of numbers "
         "may differ"
     )
+
+
+def _why(config: Config, changed: Sequence[str]) -> str:
+    """The reason where the number of steps is among the changed keys; "" otherwise."""
+    if any(one.startswith("training.steps ") for one in changed):
+        return (
+            f"; training.steps may only change under a constant schedule, since training.schedule "
+            f"{config.training.schedule} makes the learning rate of every step depend on it"
+        )
+    if any(re.match(r"stages\.\d+\.training\.steps ", one) for one in changed):
+        return "; the number of steps of an entry of stages may not change"
+    return ""
 
 
 def checkpoint_manager(

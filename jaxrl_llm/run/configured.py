@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, get_type_hints
 
 import jax
 import optax
@@ -16,7 +16,7 @@ from jaxtyping import PyTree
 
 from jaxrl_llm import advantages, losses, rewards, schedules
 from jaxrl_llm.bounds import counted, shown
-from jaxrl_llm.config import EngineConfig, NetworkConfig
+from jaxrl_llm.config import OF_ENVIRONMENTS, EngineConfig, NetworkConfig
 from jaxrl_llm.data import CharacterTokenizer, Task, Tokenizer, load_tokenizer
 from jaxrl_llm.endpoints import Endpoint
 from jaxrl_llm.fields import nearest
@@ -36,7 +36,7 @@ from jaxrl_llm.rollout.plans import Plan
 from jaxrl_llm.rollout.tasks import task_environment
 from jaxrl_llm.run.directories import is_step
 from jaxrl_llm.run.optimizers import clipping, named_optimizer, skipping_non_finite
-from jaxrl_llm.run.recipes import RecipeError, entry_of, method, number_or_method, user_function
+from jaxrl_llm.run.recipes import RecipeError, checked, entry_of, method, number_or_method, user_function
 from jaxrl_llm.terms import View
 from jaxrl_llm.training.networks import GIVEN, Network
 
@@ -91,7 +91,7 @@ def configured_views(entries: Mapping[str, Any], sizes: Mapping[str, Any]) -> di
         name, hyper = entry_of(entry, f"views.{view}")
         known = (*_OF_VIEWS, *_OF_WRITTEN) if "written_by" in hyper else _OF_VIEWS
         calling = {key: hyper.pop(key) for key in known if key in hyper}
-        function = method(name, hyper, (rewards, advantages, losses), f"views.{view}", sizes)
+        function = method(name, hyper, (rewards, advantages, losses), f"views.{view}", sizes, known)
         try:
             made[view] = View(function, name=view, **calling)
         except (TypeError, ValueError) as error:
@@ -290,9 +290,9 @@ def configured_environment(
 
     Args:
       options: section environment: options of the task's environment, or `python: "module:function"` with the keyword
-        arguments of that function, which is called with the tokenizer and returns an environment. `executor` decides
-        where an environment in Python is called, unless the function sets it; the default is processes if it can be
-        pickled.
+        arguments of that function, which is called with the tokenizer and returns an environment. Keys of
+        `OF_ENVIRONMENTS` that the function does not take say how an environment in Python is called: `executor`
+        (the default is processes if it can be pickled), `deadline_seconds`, `on_failure`, ...
       task: the task of the run, or None.
       tokenizer: of the policy.
 
@@ -304,8 +304,10 @@ def configured_environment(
         if ":" not in path:
             raise ValueError(f"environment.python is {path!r}; write it as module:function")
         function, given = user_function(path, "environment"), {k: v for k, v in options.items() if k != "python"}
-        own = "executor" in inspect.signature(function).parameters
-        executor = None if own else given.pop("executor", None)
+        taken = inspect.signature(function).parameters
+        every = any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values())
+        free = {"executor"} if every else OF_ENVIRONMENTS
+        calling = {key: given.pop(key) for key in sorted(free - taken.keys()) if key in given}
         try:
             made = function(tokenizer, **given)
         except TypeError as error:
@@ -318,7 +320,7 @@ def configured_environment(
                 f"environment.python: {path!r} returned a {type(made).__name__}; it must return an Environment or a "
                 "HostEnvironment of jaxrl_llm.rollout"
             )
-        return _executed(made, executor)
+        return _called(made, calling)
     if task is None or task.environment is None:
         if options:
             raise ValueError(
@@ -335,15 +337,19 @@ def configured_environment(
     return task_environment(task, **options)
 
 
-def _executed(environment: AnyEnvironment, executor: str | None) -> AnyEnvironment:
-    """The environment with its executor set: as configured, or processes if its functions can be pickled."""
+def _called(environment: AnyEnvironment, calling: Mapping[str, Any]) -> AnyEnvironment:
+    """The environment, called as configured; without `executor` in processes if its functions can be pickled."""
     if not isinstance(environment, HostEnvironment):
-        if executor is not None:
+        for key, value in calling.items():
             raise ValueError(
-                f"environment.executor is {executor!r}, but this environment is not a HostEnvironment; leave it out"
+                f"environment.{key} is {value!r}, but this environment is not a HostEnvironment; leave it out"
             )
         return environment
-    chosen = executor or environment.executor
+    kinds = get_type_hints(HostEnvironment)
+    environment = environment._replace(
+        **{key: checked(kinds[key], value, f"environment.{key}") for key, value in calling.items() if key != "executor"}
+    )
+    chosen = calling.get("executor") or environment.executor
     if chosen is None and can_be_sent({"reset": environment.reset, "step": environment.step}):
         chosen = "process"
     return environment._replace(executor=chosen)

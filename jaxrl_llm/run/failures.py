@@ -10,8 +10,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+from jaxrl_llm.endpoints import EndpointError
+from jaxrl_llm.evaluation import GraderError
 from jaxrl_llm.parallel.peers import LOST
+from jaxrl_llm.rewards import RewardError
 
 # Beginnings of messages of temporary failures of storage and devices (absl status codes of XLA and TensorStore).
 _PASSING = ("UNAVAILABLE", "INTERNAL", "DATA_LOSS", "ABORTED", "DEADLINE_EXCEEDED", "CANCELLED")
@@ -90,6 +94,20 @@ def named(directory: Path, way_on: Callable[[], str]) -> Iterator[None]:
             if inside and (clause := storage_fault(one)) is not None:
                 raise StorageError(f"run {directory} cannot be written: {name}: {clause}; {way_on()}") from error
         raise
+
+
+@contextlib.contextmanager
+def continued(interruption: Any) -> Iterator[None]:
+    """A context that adds the way to continue to an error of a function, a judge, an engine or an environment.
+
+    Before the run has begun (`Interruption.opened`) there is none.
+    """
+    try:
+        yield
+    except (RewardError, EndpointError, GraderError) as error:
+        if not interruption.opened:
+            raise
+        raise type(error)(f"{error}; {interruption.way_on()}") from error
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

@@ -1,9 +1,11 @@
-"""The processes that call users' functions: their log directory, and their end with the run."""
+"""The processes that call users' functions and environments: their log directory, and their end with the run."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,8 +14,11 @@ from jaxrl_llm.config import Config
 from jaxrl_llm.reporting.shares import own_folder
 from jaxrl_llm.rewards import Guarded
 from jaxrl_llm.rollout.host_calls import Caller, Returned
+from jaxrl_llm.rollout.host_environments import HostEnvironment
+from jaxrl_llm.run.setup import Parts, opened_parts
 
 LOGS = "logs"  # subfolder of output and tracebacks of users' functions
+ENVIRONMENT_LOG = "environment.log"
 
 
 @contextmanager
@@ -27,11 +32,10 @@ def guarded_functions(config: Config, compositions: Sequence[Any], stop: Callabl
     """
     terms = (term for c in compositions for term in (*c.rewards, *c.credit))
     functions = [term.function for term in terms if isinstance(term.function, Guarded)]
-    logs = own_folder(config.directory, jax.process_index()) / LOGS
+    logs, place = _logs(config)
     for function in functions:
         function.close()  # a process of the test call before the run, which had no log directory
-        function.folder = logs
-        function.place = f"{config.place}/{logs.relative_to(config.directory).as_posix()}"
+        function.folder, function.place = logs, place
         function.most_failed = config.faults.most_failed_share
         function.stop = stop
     try:
@@ -41,13 +45,40 @@ def guarded_functions(config: Config, compositions: Sequence[Any], stop: Callabl
             function.close()
 
 
-def attentive(call: Caller | None, stop: Callable[[], None]) -> Caller | None:
-    """A caller of an environment that calls `stop` before each turn."""
+def _logs(config: Config) -> tuple[Path, str]:
+    """(folder of the logs of this process on this machine, where it can be read after the run)."""
+    logs = own_folder(config.directory, jax.process_index()) / LOGS
+    return logs, f"{config.place}/{logs.relative_to(config.directory).as_posix()}"
+
+
+@contextmanager
+def opened_environment(config: Config, built: Parts, stop: Callable[[], None]) -> Iterator[Parts]:
+    """`opened_parts`, for a run: processes of its Python environment log to `environment.log` in the run directory.
+
+    Args:
+      config: of the run.
+      built: its parts.
+      stop: called before each turn, and while waiting for a process; may raise to end the run.
+    """
+    logs, place = _logs(config)
+    apart = isinstance(built.environment, HostEnvironment) and built.environment.executor in ("process", "sandbox")
+    told = f"{place}/{ENVIRONMENT_LOG}" if apart else None
+    with opened_parts(built, log=logs / ENVIRONMENT_LOG, stop=stop) as ready:
+        yield replace(ready, call=attentive(ready.call, stop, told))
+
+
+def attentive(call: Caller | None, stop: Callable[[], None], log: str | None = None) -> Caller | None:
+    """A caller of an environment that calls `stop` before each turn, and names the log in the errors of calls."""
     if call is None:
         return None
 
+    def named(result: Returned) -> Returned:
+        if log is None or result.error is None:
+            return result
+        return result._replace(error=f"{result.error} (its traceback and output are in {log})")
+
     def asked(name: str, calls: Sequence[tuple[Any, ...]]) -> list[Returned]:
         stop()
-        return call(name, calls)
+        return [named(result) for result in call(name, calls)]
 
     return asked

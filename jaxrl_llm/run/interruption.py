@@ -1,7 +1,7 @@
 """Interruption of a run: signals, and a watchdog for stalled steps.
 
-The first signal requests a stop at the end of the step. A separate thread handles a second Ctrl-C, the end of the grace
-period and the watchdog, even while the main thread is in a program or in the compiler.
+The first signal requests a stop at the end of the step. A separate thread ends the process at a second one, at the end
+of the grace period, and for the watchdog, even while the main thread is in a program or in the compiler.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ from jaxrl_llm.reporting.shares import own_folder
 from jaxrl_llm.run.failures import RESTARTABLE
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-_OBEYED_SECONDS = 2.0  # seconds for the main thread to end by itself after a second signal
 _LEAST_SECONDS = 600.0  # shortest wait of the watchdog in seconds: a step may compile
 
 
@@ -66,7 +65,6 @@ class Interruption:
     place: str = ""
     brought: Callable[[Path], Any] = str
     _asked_at: float = 0.0
-    _again: float | None = None
     _steps: list[float] = field(default_factory=list)
     _mark: float | None = None
 
@@ -122,24 +120,25 @@ class Interruption:
         return heard
 
     def handle(self, number: int, frame: Any) -> None:
-        """A signal, in the main thread."""
+        """A signal, in the main thread; the thread of `watch` ends the process at the second one."""
         if self.number is not None:
-            raise KeyboardInterrupt
-        self._ask(number)
-
-    def _ask(self, number: int) -> None:
+            return
         self.number, self._asked_at = number, time.monotonic()
         self.say("stopping after this step; its state will be saved (again to stop at once)")
 
     def way_on(self) -> str:
         """Message with the last saved step and the command to continue."""
-        if self.opened and not (self.directory / "config.yaml").is_file():
+        # On a disk of its own, a process other than the main one has the directory without config.yaml.
+        there = (self.directory / "config.yaml").is_file() or (self.directory.is_dir() and not hosts.is_main())
+        if self.opened and not there:
             return f"put it back, and go on with: jaxrl train --resume {self.place or self.directory}"
         try:
             step = self.saved()
         except OSError:
             step = None
         if step is None:
+            if self.opened:
+                return f"no checkpoint yet; begin anew with: jaxrl train --resume {self.place or self.directory}"
             return f"no checkpoint yet; start again with another run_dir, or remove {self.place or self.directory}"
         return (
             f"the last good checkpoint is step {step}; go on with: jaxrl train --resume {self.place or self.directory}"
@@ -147,18 +146,16 @@ class Interruption:
 
     def watch(self, pipe: int, stop: threading.Event) -> None:
         """The main function of the thread."""
-        seen = 0
+        seen: list[int] = []
         while not stop.is_set():
             if select.select([pipe], [], [], 0.25)[0]:
                 with contextlib.suppress(BlockingIOError):
-                    seen += sum(number in SIGNALS for number in os.read(pipe, 64))
+                    seen += [number for number in os.read(pipe, 64) if number in SIGNALS]
             now = time.monotonic()
             if seen and not self._asked_at:
                 self._asked_at = now
-            if seen > 1 and self._again is None:
-                self._again = now
-            if self._again is not None and now > self._again + _OBEYED_SECONDS and not stop.is_set():
-                return self.end(130, f"stopped at once; {self.way_on()}")
+            if len(seen) > 1:  # without the main thread, which may wait for a program at the interpreter's exit, too
+                return self.end(128 + seen[-1], f"stopped at once; {self.way_on()}")
             if seen and self.grace is not None and now > self._asked_at + self.grace and not stop.is_set():
                 what = f"{self.doing} did not end within {self.grace:g} s"
                 return self.end(128 + (self.number or signal.SIGTERM), f"stopped: {what}; {self.way_on()}")

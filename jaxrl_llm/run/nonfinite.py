@@ -13,6 +13,7 @@ import numpy as np
 
 from jaxrl_llm.experience import FACTS, Experience
 from jaxrl_llm.parallel import hosts
+from jaxrl_llm.run.step_names import step_name
 
 FOLDER = "failed"
 _DESCRIPTION = "description.json"
@@ -76,7 +77,7 @@ def looked_at(run: Any, metrics: Mapping[str, Any], done: int, offset: int, stag
     run.skipped_in_a_row += skipped
     run.meta["skipped_updates"] = run.meta.get("skipped_updates", 0) + skipped
     held = hosts.host_copy(rows.known())
-    said = f"{diagnosis(bad, shown, blamed_rows(held))} at step {done} of the {stage}"
+    said = f"{diagnosis(bad, shown, blamed_rows(held))} at {step_name(done, stage, offset)}"
     good, most = run.manager.latest_step(), run.config.faults.most_skipped_updates
     if hosts.is_main():
         file = written_batch(run.config.directory, held, {"step": offset + done, "stage": stage, "checkpoint": good})

@@ -95,14 +95,14 @@ def learning_rate(training: TrainingConfig) -> optax.Schedule:
     return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup]) if warmup else after
 
 
-def long_warmup(training: TrainingConfig) -> str:
-    """A warning if the learning rate never reaches its peak; "" otherwise."""
+def long_warmup(training: TrainingConfig, section: str = "training") -> str:
+    """A warning if the learning rate never reaches its peak; "" otherwise. `section` is the one that sets it."""
     updates = training.steps * training.epochs_per_batch * training.minibatches_per_epoch
     if training.warmup_steps < max(updates, 1):
         return ""
     return (
-        f"training.warmup_steps is {training.warmup_steps}, but {there_are(updates, 'update')}, so the learning rate "
-        f"never reaches {training.learning_rate:g}; lower it, or train for more steps"
+        f"{section}.warmup_steps is {training.warmup_steps}, but {there_are(updates, 'update')}, so the learning "
+        f"rate never reaches {training.learning_rate:g}; lower it, or train for more steps"
     )
 
 

@@ -72,6 +72,7 @@ def summary_of(run: Run, after: dict[str, float]) -> dict[str, Any]:
         **across_summary(run.meta),
         "early_stopping": run.meta.get("early_stopping", {}),
         "skipped_updates": run.meta.get("skipped_updates", 0),
+        "failures": run.meta.get("failures", {}),
         "compilations": run.watch.count,
         "compilation_seconds": run.watch.seconds,
         "programs_read": run.watch.read,

@@ -43,6 +43,9 @@ class ModuleMissing(RecipeError):
 # Options of a call on the host (a reading), written next to the hyper-parameters of a reward or a fill.
 _CALLING = {"deadline_s": Optional[Positive], "value_on_failure": float | None}  # noqa: UP045
 _PROCESS = ("executor", "memory_gib")
+_OF_REWARDS = ("weight", "name", *_CALLING, *_PROCESS)
+_OF_CREDIT = ("name", *_CALLING, *_PROCESS)
+_OF_LOSSES = ("name", "coefficient")
 
 
 def reward_terms(entries: Sequence[Any], sizes: Mapping[str, Any] | None = None) -> tuple[Reward, ...]:
@@ -57,7 +60,7 @@ def reward_terms(entries: Sequence[Any], sizes: Mapping[str, Any] | None = None)
         weight, label = hyper.pop("weight", 1.0), hyper.pop("name", None)
         calling = _calling(hyper, f"rewards.{name}")
         process = {key: hyper.pop(key) for key in _PROCESS if key in hyper}
-        function = method(name, hyper, (rewards,), "rewards", sizes)
+        function = method(name, hyper, (rewards,), "rewards", sizes, _OF_REWARDS)
         if hasattr(function, "written_view"):
             function = renamed(function, verdict_text=f"{verdict_of(label or _label(name))}_text")
         function = _in_process(function, name, label or _label(name), f"rewards.{name}", **process)
@@ -87,7 +90,7 @@ def credit_terms(entries: Sequence[Mapping[str, Any]], sizes: Mapping[str, Any] 
         calling = _calling(hyper, f"credit.{field}.{name}")
         process = {key: hyper.pop(key) for key in _PROCESS if key in hyper}
         filled = _filled(field)
-        function = method(name, hyper, CREDIT_ROOMS, f"credit.{field}", sizes)
+        function = method(name, hyper, CREDIT_ROOMS, f"credit.{field}", sizes, _OF_CREDIT)
         function = _in_process(function, name, label or _label(name), f"credit.{field}.{name}", **process)
         terms.append(Fill(filled, function, label or _label(name), **calling))
     return tuple(terms)
@@ -138,7 +141,8 @@ def loss_terms(entries: Sequence[Any], sizes: Mapping[str, Any] | None = None) -
                 f"losses.{name}.coefficient is {coefficient}; every loss is minimised, so the coefficient must be at "
                 "least 0"
             )
-        terms.append(LossTerm(method(name, hyper, (losses,), "losses", sizes), coefficient, label or _label(name)))
+        function = method(name, hyper, (losses,), "losses", sizes, _OF_LOSSES)
+        terms.append(LossTerm(function, coefficient, label or _label(name)))
     return tuple(terms)
 
 
@@ -152,14 +156,20 @@ def number_or_method(entry: Any, where: str, sizes: Mapping[str, Any] | None = N
 
 
 def method(
-    name: str, hyper: Mapping[str, Any], rooms: Sequence[ModuleType], where: str, sizes: Mapping[str, Any] | None = None
+    name: str,
+    hyper: Mapping[str, Any],
+    rooms: Sequence[ModuleType],
+    where: str,
+    sizes: Mapping[str, Any] | None = None,
+    beside: Sequence[str] = (),
 ) -> Any:
     """The function that an entry names, with its hyper-parameters bound.
 
     A function without data parameters is a factory: it is called, and its result is the method. A hyper-parameter that
     the entry does not set, that has no default or the default None, and that has the name of a size of the run
     (`sizes`) gets that size. With `reads: {reference_logprobs: teacher_logprobs}` next to the hyper-parameters, the
-    function reads another field instead of the one that its parameter names.
+    function reads another field instead of the one that its parameter names. `beside` are the keys that an entry may
+    have next to hyper-parameters, for messages.
 
     Raises:
       RecipeError: for an unknown name or hyper-parameter (with the nearest known one), or a value of the wrong type.
@@ -176,7 +186,8 @@ def method(
     read = signature(function)
     for key in hyper:
         if key not in read.hyper:
-            raise RecipeError(f"{where}.{name}.{key} is not a hyper-parameter of {name}; {nearest(key, read.hyper)}")
+            known = {*read.hyper, *beside, "reads"} - (set() if ":" in name else {*_PROCESS})
+            raise RecipeError(f"{where}.{name}.{key} is not a hyper-parameter of {name}; {nearest(key, sorted(known))}")
     bound = {key: _typed(function, key, value, f"{where}.{name}.{key}") for key, value in hyper.items()}
     keywords = [p for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
     bound |= {
@@ -277,15 +288,16 @@ def _typed(function: Callable, key: str, value: Any, where: str) -> Any:
         annotation = inspect.signature(function, eval_str=True).parameters[key].annotation
     except NameError:  # a user's module may import names only for the type checker
         return value
-    return value if annotation is inspect.Parameter.empty else _checked(annotation, value, where)
+    return value if annotation is inspect.Parameter.empty else checked(annotation, value, where)
 
 
 def _calling(hyper: dict[str, Any], where: str) -> dict[str, Any]:
     """The options of a call on the host, removed from the hyper-parameters."""
-    return {key: _checked(kind, hyper.pop(key), f"{where}.{key}") for key, kind in _CALLING.items() if key in hyper}
+    return {key: checked(kind, hyper.pop(key), f"{where}.{key}") for key, kind in _CALLING.items() if key in hyper}
 
 
-def _checked(annotation: Any, value: Any, where: str) -> Any:
+def checked(annotation: Any, value: Any, where: str) -> Any:
+    """A value of the annotated type; RecipeError names the key otherwise."""
     try:
         typed = pydantic.TypeAdapter(annotation).validate_python(value)
         require_range(annotation, typed, where)

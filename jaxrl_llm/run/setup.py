@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -139,7 +139,7 @@ def parts(config: Config, target: Target | None = None, like: Parts | None = Non
         _require_own_ids([(term.name, term.function) for term in (*rewards, *credit, *losses, *views.values())])
     b1, b2 = training.adam_b1, training.adam_b2
     # Adapters that were trained before this stage are part of the initial policy, so the reference keeps a copy.
-    snapshot = config.lora is not None and (later or config.warm_start.steps > 0 or config.init_from is not None)
+    snapshot = config.lora is not None and (later or config.warm_start_steps > 0 or config.init_from is not None)
     networks, paths = configured_networks(
         config.networks, b1, b2, snapshot=snapshot, context_tokens=longest_sequence(config)
     )
@@ -261,12 +261,17 @@ def _selection(config: Config, sizes: Mapping[str, Any]) -> Any:
 
 
 @contextmanager
-def opened_parts(built: Parts) -> Iterator[Parts]:
-    """A context with the parts and their Python environment running; without one, the parts unchanged."""
+def opened_parts(built: Parts, *, log: Path | None = None, stop: Callable[[], None] = lambda: None) -> Iterator[Parts]:
+    """A context with the parts and their Python environment running; without one, the parts unchanged.
+
+    Args:
+      built: the parts.
+      log, stop: as for `rollout.host_calls.caller`.
+    """
     if not isinstance(built.environment, HostEnvironment):
         yield built
         return
-    with opened(built.environment) as call:
+    with opened(built.environment, log=log, stop=stop) as call:
         yield replace(built, call=call)
 
 

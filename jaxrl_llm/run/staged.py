@@ -9,6 +9,8 @@ from typing import Any
 from jaxrl_llm.config import Config, ConfigError, parse_config, stage_trees
 from jaxrl_llm.run.setup import parts
 
+WARM_START = "warm start"  # name of the stage
+
 
 def last_stage(config: Config) -> Config:
     """The config of the last stage of a run: the config itself if it has one stage."""
@@ -39,17 +41,17 @@ def staged(config: Config) -> list[dict[str, Any]]:
       ValueError: as `parts` does, or for a network that a stage reads but no stage trains.
     """
     warm, found, named = config.warm_start, [], _stage_names(config)
-    taken = [*(["warm start"] if warm.steps else []), *named]
+    taken = [*([WARM_START] if config.warm_start_steps else []), *named]
     if len(set(taken)) < len(taken):
         raise ValueError(f"stages are named {', '.join(taken)}; give each a name of its own")
     configs = _stage_configs(config)
     main = parts(configs[0])
     named = named or ["reinforcement" if main.step.composition.rollout is not None else "training"]
-    if warm.steps:
+    if config.warm_start_steps:
         probe = {"probes": ("pass@1",), "stop_at_accuracy": warm.stop_at_accuracy, "first_saved": False}
         built = parts(warm_start(configs[0]), like=main)
         found.append(
-            {"name": "warm start", "parts": built, "steps": warm.steps, "probe_every_steps": warm.probe_every_steps}
+            {"name": WARM_START, "parts": built, "steps": warm.steps, "probe_every_steps": warm.probe_every_steps}
             | probe
         )
     for name, one in zip(named, configs, strict=True):
@@ -63,7 +65,7 @@ def staged(config: Config) -> list[dict[str, Any]]:
 def earlier_stages(config: Config) -> list[tuple[str, Config]]:
     """(name, config) of the stages before the last one."""
     configs = _stage_configs(config)
-    warm = [("warm start", warm_start(configs[0]))] if config.warm_start.steps else []
+    warm = [(WARM_START, warm_start(configs[0]))] if config.warm_start_steps else []
     return warm + list(zip(_stage_names(config), configs[:-1], strict=False))
 
 

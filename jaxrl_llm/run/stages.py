@@ -23,7 +23,6 @@ from jaxrl_llm.experience import Experience, NetworkState, TrainState
 from jaxrl_llm.parallel import hosts
 from jaxrl_llm.reporting import Progress, RunDirectory
 from jaxrl_llm.reporting.machine_report import memory_in_use
-from jaxrl_llm.reporting.metric_alarms import Alarms
 from jaxrl_llm.reporting.mirror import Mirror
 from jaxrl_llm.reporting.progress import COLUMNS
 from jaxrl_llm.rewards import RewardError
@@ -37,11 +36,11 @@ from jaxrl_llm.run.local_checkpoints import LocalCheckpoints
 from jaxrl_llm.run.nonfinite import TrainingError, looked_at
 from jaxrl_llm.run.optimizers import learning_rates
 from jaxrl_llm.run.prompt_choices import StageData, batch_of, choices_of, next_choices
+from jaxrl_llm.run.remarks import Remarks
 from jaxrl_llm.run.samples import spread, write_samples
 from jaxrl_llm.run.setup import Parts
+from jaxrl_llm.run.step_names import step_name
 from jaxrl_llm.run.step_trace import StepTrace
-
-WARM_START, REINFORCEMENT = "warm start", "reinforcement"
 
 
 class Stopped(Exception):
@@ -253,13 +252,13 @@ def run_stage(
                 run.meta["tokens"] += round(tokens)
                 shown["tokens_per_second"] = tokens / seconds
             run.write_metrics(offset + done, {"stage": stage.name} | shown)
-            for text in _remarks(run, stage, alarms, done, shown):
+            for text in remarks.on(run, stage, done, shown, counted if stage.samples else None):
                 progress.message(text)
             if stage.samples:
                 write_samples(run, offset + done, done, rows, items, first=done == first + 1, last=stage.steps)
             progress.update(done, shown)
 
-        alarms, unread, choices = Alarms(), None, choices_of(state)
+        remarks, unread, choices = Remarks(), None, choices_of(state)
         widths: set[int] = set()
         for index in range(first, first if early_stopping.over(run.meta, stage.name, first) else stage.steps):
             done = index + 1
@@ -268,8 +267,8 @@ def run_stage(
             new_width = width not in widths
             if new_width and widths:
                 run.watch.allow()
-                run.interruption.busy(f"step {done} of the {stage.name}")
-                progress.message(f"step {done} is the first with prompts of {width} tokens: its program is compiled")
+                run.interruption.busy(named := step_name(done, stage.name, offset))
+                progress.message(f"{named} is the first with prompts of {width} tokens: its program is compiled")
             widths.add(width)
             written = None if data.written is None else run.placed(data.written(index))
             try:
@@ -277,7 +276,7 @@ def run_stage(
             except (RewardError, EndpointError, Abandoned) as error:
                 if unread is not None:
                     report(*unread)
-                _leave(run, error, offset + index, done, stage.name, state)
+                _leave(run, error, offset + index, stage.name, state)
             choices = next_choices(choices, new_state)
             if unread is not None:
                 report(*unread)
@@ -291,7 +290,7 @@ def run_stage(
                 reached = stage.stop_at_accuracy is not None and probed["validation/pass@1"] >= stage.stop_at_accuracy
             if done == first + 2 or (new_width and done > first + 2):
                 run.watch.expect_none(progress.message)
-            run.interruption.step_done(f"step {done + 1} of the {stage.name}")
+            run.interruption.step_done(step_name(done + 1, stage.name, offset))
             run.stopping = hosts.agreed_stop(run.interruption.asked)
             ends = reached or done == stage.steps or early_stopping.over(run.meta, stage.name, done)
             if ends and not last:
@@ -314,12 +313,6 @@ def run_stage(
         run.watch.allow()
     run.meta["steps_before"] = offset + int(state.step)
     return state
-
-
-def _remarks(run: Run, stage: Stage, alarms: Alarms, done: int, shown: dict[str, float]) -> list[str]:
-    """Messages about the metrics of a step: new alarms, and the reason if they end the stage early."""
-    said = early_stopping.note(run.meta, stage.name, stage.parts.config.training.stop_when, done, shown)
-    return [f"alarm at step {done} of the {stage.name}: {text}" for text in alarms.new(shown)] + [said] * bool(said)
 
 
 def _probed(run: Run, stage: Stage, state: TrainState, measure: Callable) -> dict[str, float]:
@@ -363,17 +356,14 @@ def written_of(parts: Parts, sets: Mapping[str, Any]) -> Callable[[int], Experie
     return None if feed is None or feed.rows is None else feed.rows(parts, sets)
 
 
-def _leave(run: Run, error: Exception, global_step: int, done: int, stage: str, state: TrainState) -> NoReturn:
-    """Save the state before a failed step, and raise the error of the step."""
+def _leave(run: Run, error: Exception, global_step: int, stage: str, state: TrainState) -> NoReturn:
+    """Save the state before a failed step, and raise the error of the step; `failures.continued` says the way on."""
     if run.manager.latest_step() != global_step:  # it may already be saved
         run.save(global_step, stage, state)
     run.manager.wait_until_finished()
     if isinstance(error, Abandoned):
         raise run.stopped(global_step)
-    what = "the function" if isinstance(error, RewardError) else "the engine"
-    raise type(error)(
-        f"{error}. The state before step {done} is saved: repair {what} and run jaxrl train --resume {run.config.place}"
-    ) from error
+    raise error
 
 
 def _progress(run: Run, stage: Stage, counted: int) -> Progress:
@@ -386,8 +376,6 @@ def _progress(run: Run, stage: Stage, counted: int) -> Progress:
 
 
 __all__ = [
-    "REINFORCEMENT",
-    "WARM_START",
     "Run",
     "Stage",
     "StageData",

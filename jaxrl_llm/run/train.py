@@ -33,20 +33,20 @@ from jaxrl_llm.run.compilation import CompilationWatch
 from jaxrl_llm.run.directories import mirrored, require_new, require_shared, run_directory
 from jaxrl_llm.run.early_stopping import require_metric
 from jaxrl_llm.run.explain import metric_names, trace
-from jaxrl_llm.run.failures import named
+from jaxrl_llm.run.failures import continued, named
 from jaxrl_llm.run.goodput import Lifetime
-from jaxrl_llm.run.host_processes import attentive, guarded_functions
+from jaxrl_llm.run.host_processes import guarded_functions, opened_environment
 from jaxrl_llm.run.interruption import Abandoned, Interruption, attended
 from jaxrl_llm.run.live_report import reporting_of
 from jaxrl_llm.run.measured import measured_by, measured_on
-from jaxrl_llm.run.optimizers import long_warmup
 from jaxrl_llm.run.overview import summary_of, units
 from jaxrl_llm.run.problems import data_sets, fingerprint_of, left_out, own_data
 from jaxrl_llm.run.prompt_choices import first_batch
+from jaxrl_llm.run.remarks import before_the_steps
 from jaxrl_llm.run.restored import require_branch
 from jaxrl_llm.run.resuming import move_damaged, restored_state, resume_step, with_local
 from jaxrl_llm.run.rewards_tried import answers_of, require_read, try_rewards
-from jaxrl_llm.run.setup import Parts, opened_parts
+from jaxrl_llm.run.setup import Parts
 from jaxrl_llm.run.staged import staged
 from jaxrl_llm.run.stages import Run, Stage, Stopped, run_stage, stage_data, written_of
 from jaxrl_llm.run.step_trace import StepTrace
@@ -80,12 +80,12 @@ def train(
       ValueError: for anything in the config or the run directory that cannot work; before compute is spent.
       CheckpointError: resuming with another config or other data, or without a good checkpoint.
       TrainingError: when a number stops being finite.
-      RewardError: when a reward function fails; the state before the failed step is saved.
+      RewardError, GraderError: when a function fails; in a step, the state before it is saved.
       EndpointError: when an external engine fails; the state before the failed step is saved.
       StorageError: when the run directory cannot be written any more.
       PassingError: when storage or a device fails in a way that may pass; the run may be started again.
       Stopped: after SIGTERM, SIGINT or SIGHUP; the state is saved.
-      KeyboardInterrupt: after a second signal, or the first before there is a state; it says what is saved.
+      KeyboardInterrupt: after Ctrl-C before the run has begun; later the second signal ends the process.
     """
     console = console or Console()
     say = _saying(console)
@@ -100,6 +100,7 @@ def train(
     )
     with contextlib.ExitStack() as stack:
         stack.enter_context(named(config.directory, interruption.way_on))
+        stack.enter_context(continued(interruption))
         mirror = stack.enter_context(mirrored(config, resume, say))
         interruption.brought = str if mirror is None else mirror.brought
         if resume and hosts.is_main():
@@ -177,9 +178,8 @@ def _train(
         try_rewards(stage.parts, sets[stage.name])
     first_step = (newest or 0) if resume else None
     console.print(units_table(units(built)))
-    for stage in stages:
-        if warning := long_warmup(stage.parts.config.training):
-            _saying(console)(f"{stage.name}: {warning}")
+    for note in before_the_steps(config, stages, meta):
+        _saying(console)(note)
     if resume:
         move_damaged(config, newest, _saying(console), apart=apart)
     opened = {"resume_step": first_step, "mirror": shared["mirror"], **logging}
@@ -187,11 +187,10 @@ def _train(
         run_directory(config.directory, as_tree(config), **opened) as directory,
         _manager(config, apart) as manager,
         CompilationWatch() as watch,
-        opened_parts(built) as ready,
+        opened_environment(config, built, interruption.give_up_the_step) as ready,
         guarded_functions(config, [stage.parts.step.composition for stage in stages], interruption.give_up_the_step),
     ):
         interruption.opened = True
-        ready = replace(ready, call=attentive(ready.call, interruption.give_up_the_step))
         made = (config, ready, directory, manager, console, meta, watch, data, sets)
         run = Run(*made, mark=started, interruption=interruption, report=report, local=local, **shared)
         run.lifetime = Lifetime(directory, started)

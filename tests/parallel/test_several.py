@@ -557,7 +557,7 @@ def test_a_reward_that_fails_on_one_process_ends_all_with_the_state_saved(config
         assert run.ended() == [1, 1], run.said()
         for text in run.said():
             assert "process 1: reward 'vowel_share' raised RuntimeError: the judge is out of office" in text
-            assert "The state before step 1 is saved" in text
+            assert f"the last good checkpoint is step {WARM}; go on with: jaxrl train --resume {place}" in text
             assert f"its traceback and output are in {place}/host/1/logs/vowel_share.log" in text
     assert "the judge is out of office" in (directory / "host" / "1" / "logs" / "vowel_share.log").read_text()
     assert [path.name for path in (directory / "checkpoints").iterdir()] == [str(WARM)]

@@ -79,12 +79,17 @@ def taken(environment, episodes, texts, call, room=None):
 
 
 @pytest.fixture(scope="module")
-def processes():
+def log(tmp_path_factory):
+    return tmp_path_factory.mktemp("run") / "logs" / "environment.log"
+
+
+@pytest.fixture(scope="module")
+def processes(log):
     """Two processes of the environment, which answer failures with an observation."""
     environment = ENVIRONMENT._replace(
         executor="process", workers=2, deadline_seconds=1.0, on_failure="observation", failure_ends=False
     )
-    with opened(environment) as call:
+    with opened(environment, log=log) as call:
         yield environment, call
 
 
@@ -161,9 +166,10 @@ def test_a_reset_that_hangs_names_its_item():
 @pytest.mark.fault(
     "functions",
     "an environment in Python hangs, crashes, raises or returns an object that cannot be pickled",
-    "only its row fails, its process is replaced",
+    "the run ends and names the row, the state before the step is saved; with `on_failure: observation` only the turn "
+    "of that row fails, and its process is replaced",
 )
-def test_processes_that_hang_or_die_are_replaced(processes):
+def test_processes_that_hang_or_die_are_replaced(processes, log):
     environment, call = processes
     texts = ["hang", "a", "exit", "raise", "lambda", "b"]
     made = host_step(environment, [{"turns": n} for n in range(6)], texts, call)
@@ -173,6 +179,8 @@ def test_processes_that_hang_or_die_are_replaced(processes):
     assert "no such file" in made[3].failure
     assert "returned a value that cannot be pickled" in made[4].failure
     assert [step.state["turns"] for step in made] == [0, 2, 2, 3, 4, 6]
+    assert "Traceback (most recent call last)" in log.read_text()
+    assert "no such file" in log.read_text()
     # All workers are there again.
     assert [step.failure for step in host_step(environment, [{"turns": 0}] * 3, ["a"] * 3, call)] == [""] * 3
 

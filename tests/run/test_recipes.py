@@ -37,6 +37,9 @@ def unresolved(length, *, limit: Number = 4):
 def scored(completions, *, bonus: float):
     return [len(text) + bonus for text in completions]
 
+def plain(completions):
+    return [0.0 for text in completions]
+
 def pull(logprobs, mask, *, strength: float = 1.0):
     return Loss(-strength * (logprobs * mask).sum(), mask.sum())
 
@@ -179,6 +182,20 @@ def test_an_annotation_that_cannot_be_resolved_is_not_checked():
         (loss_terms, [{"divergence": {"generator": "kl"}}], r"losses\.divergence: .*generator"),
         (credit_terms, ["group_normalized"], "must be one `field: method`"),
         (credit_terms, [{"rewards": "soft_overlong", "weight": "x"}], "must be one `field: method`"),
+        (
+            reward_terms,
+            [{"python": "my_methods:plain", "value_on_failur": 0.0}],
+            r"value_on_failur is not a hyper-parameter of my_methods:plain; did you mean 'value_on_failure'\?",
+        ),
+        (reward_terms, [{"python": "my_methods:plain", "deadline": 0.1}], r"did you mean 'deadline_s'\?"),
+        (
+            reward_terms,
+            [{"python": "my_methods:plain", "qqq": 1}],
+            "known: deadline_s, executor, memory_gib, name, reads, value_on_failure, weight$",
+        ),
+        (reward_terms, [{"exact_answer": {"wieght": 1}}], r"did you mean 'weight'\?"),
+        (credit_terms, [{"advantages": {"group_normalized": {"read": {}}}}], r"did you mean 'reads'\?"),
+        (loss_terms, [{"clipped_surrogate": {"coeficient": 1}}], r"did you mean 'coefficient'\?"),
         (reward_terms, [3], "rewards entry 3 is neither a name"),
         (reward_terms, [{"exact_answer": 0.5}], "neither a name, nor"),
         (reward_terms, [{"python": "my_methods:brevty"}], "'my_methods' has no 'brevty'"),

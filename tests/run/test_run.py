@@ -367,13 +367,13 @@ def test_a_reward_that_fails_costs_no_step(micro_yaml, tmp_path, monkeypatch, ca
     # The third step fails (the fourth call), while the checkpoint before it is being written.
     said = refused(capsys, "train", str(micro_yaml), f"run_dir={directory}", *changes, status=1)
     assert "reward 'judge' raised LookupError: no such case at row 0 (completion '" in said
-    assert "The state before step 3 is saved: repair the function and run jaxrl train --resume" in said
+    assert "; the last good checkpoint is step 2; go on with: jaxrl train --resume" in said
     assert checkpoints.latest_step(directory / "checkpoints") == 2
     assert [line["step"] for line in records(directory)] == [1, 2]
 
     # The fourth step fails with no checkpoint of the third.
     calls.write_text("0 2")
-    assert "The state before step 4 is saved" in refused(capsys, "train", "--resume", str(directory), status=1)
+    assert "the last good checkpoint is step 3" in refused(capsys, "train", "--resume", str(directory), status=1)
     assert checkpoints.latest_step(directory / "checkpoints") == 3
     assert [line["step"] for line in records(directory)] == [1, 2, 3]
 

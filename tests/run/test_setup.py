@@ -234,6 +234,10 @@ def test_an_environment_in_python_is_called_in_processes_where_its_functions_can
 
     assert made().executor == "process"
     assert [made(executor=how).executor for how in ("thread", "sandbox")] == ["thread", "sandbox"]
+    called = made(on_failure="observation", deadline_seconds=2, failure_reward=-1)
+    assert (called.on_failure, called.deadline_seconds, called.failure_reward) == ("observation", 2.0, -1.0)
+    with pytest.raises(ValueError, match=r"environment\.on_failure is 'ignore': input should be 'error'"):
+        made(on_failure="ignore")
     monkeypatch.setattr(own_environment, "step", lambda state, text: (state, text, 0.0, True))
     assert made().executor is None
     inside = {"python": "jaxrl_llm.rollout.tasks:task_environment", "executor": "process"}

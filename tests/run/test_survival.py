@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import errno
 import gc
@@ -26,10 +27,14 @@ import jaxrl_llm
 from jaxrl_llm import advantages, cli, losses
 from jaxrl_llm.commands.output import Lasting
 from jaxrl_llm.config import Config, load_config
+from jaxrl_llm.endpoints import EndpointError
+from jaxrl_llm.evaluation import GraderError
 from jaxrl_llm.experience import Prompts
 from jaxrl_llm.reporting import RunDirectory, ownership
 from jaxrl_llm.reporting.metric_alarms import Alarms
 from jaxrl_llm.reporting.run_directory import read_records
+from jaxrl_llm.rewards import RewardError
+from jaxrl_llm.rollout.host_environments import EnvironmentFailure
 from jaxrl_llm.run import checkpoints, failures
 from jaxrl_llm.run.interruption import Abandoned, Interruption, attended
 from jaxrl_llm.run.resuming import resume_step
@@ -221,13 +226,41 @@ def test_a_signal_stops_a_run_in_good_order(micro_yaml, tmp_path, number, status
     assert checkpoints.latest_step(tmp_path / "run" / "checkpoints") == 3
 
 
-@pytest.mark.fault("signals", "a second Ctrl-C", "the run ends at once with status 130 and names the last checkpoint")
-def test_a_second_signal_ends_it_at_once_in_one_line(micro_yaml, tmp_path):
-    status, _, err = signalled([signal.SIGINT] * 2, "train", str(micro_yaml), f"run_dir={tmp_path / 'run'}", *EARLY)
-    assert status == 130
-    assert err.strip().count("\n") == 0
-    assert "stopped at once; the last good checkpoint is step " in err
-    assert f"go on with: jaxrl train --resume {tmp_path / 'run'}" in err
+@pytest.mark.fault(
+    "signals",
+    "a second signal, also while a program runs or is compiled",
+    "the process ends at once with 128 plus the number of that signal, and names the last checkpoint",
+)
+@pytest.mark.parametrize(("second", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
+def test_a_second_signal_ends_the_process_while_the_main_thread_is_busy(ends, tmp_path, second, status):
+    seen, done = ends
+    with attended(Interruption(tmp_path, lambda text: None, lambda: 40)):
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), second)  # the main thread goes on, and raises nothing
+        assert done.wait(5)
+    way_on = f"the last good checkpoint is step 40; go on with: jaxrl train --resume {tmp_path}"
+    assert seen == [(status, f"stopped at once; {way_on}")]
+
+
+DEAF = """
+import os, signal, sys
+from pathlib import Path
+from jaxrl_llm.run.interruption import Interruption, attended
+
+with attended(Interruption(Path(sys.argv[1]), print, lambda: 40)):
+    for _ in range(2):
+        os.kill(os.getpid(), signal.SIGTERM)
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    while True:  # neither ends nor lets the handlers of the main thread do anything
+        pass
+"""
+
+
+@pytest.mark.slow
+def test_a_process_whose_main_thread_never_returns_ends_at_the_second_signal(tmp_path):
+    ended = subprocess.run([sys.executable, "-c", DEAF, str(tmp_path)], capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 143
+    assert "stopped at once; the last good checkpoint is step 40; go on with: " in ended.stderr
 
 
 @pytest.mark.fault("signals", "SIGHUP under `nohup`", "an ignored signal stays ignored")
@@ -359,7 +392,7 @@ def test_an_evaluation_is_given_up_between_its_batches(micro_yaml, tmp_path):
         patch.setattr("jaxrl_llm.run.measured.fresh_records", lambda path: write_and_ask)
         status = cli.main(["train", str(micro_yaml), f"run_dir={tmp_path / 'run'}", "warm_start.steps=0"])
     assert (status, err.getvalue().count("\n")) == (143, 1)
-    assert err.getvalue().startswith("stopped; no checkpoint yet; start again with another run_dir")
+    assert err.getvalue() == f"stopped; no checkpoint yet; begin anew with: jaxrl train --resume {tmp_path / 'run'}\n"
 
 
 @pytest.mark.fault(
@@ -423,7 +456,7 @@ def test_a_reward_that_exits_ends_the_run_with_its_state_saved(micro_yaml, tmp_p
     said = refused(capsys, "train", str(micro_yaml), *words, status=1)
     assert "reward 'ending' raised FunctionEnded: SystemExit(0) on the batch as a whole" in said
     assert f"its traceback and output are in {tmp_path / 'run' / 'logs' / 'ending.log'}" in said
-    assert "The state before step 3 is saved: repair the function and run jaxrl train --resume" in said
+    assert "; the last good checkpoint is step 2; go on with: jaxrl train --resume" in said
     assert checkpoints.latest_step(tmp_path / "run" / "checkpoints") == 2
     assert cli.main(["train", "--resume", str(tmp_path / "run")]) == 0
     assert [line["step"] for line in read_records(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3, 4]
@@ -672,6 +705,35 @@ class JaxRuntimeError(RuntimeError):
 def test_faults_are_told_apart(error, passes, clause):
     assert failures.passing(error) == passes
     assert failures.storage_fault(error) == clause
+
+
+@pytest.mark.fault(
+    "functions",
+    "a reward, a grader, an engine or an environment in Python fails, also in an evaluation before the first step",
+    "status 1, one sentence with the cause, the last good checkpoint and the command to continue",
+)
+@pytest.mark.parametrize("kind", [RewardError, EnvironmentFailure, EndpointError, GraderError])
+def test_what_fails_outside_of_a_step_comes_with_the_way_on_too(tmp_path, capsys, kind):
+    for opened, saved, way_on in (
+        (False, None, ""),  # before the run has begun there is nothing to continue
+        (True, None, f"; no checkpoint yet; begin anew with: jaxrl train --resume {tmp_path}"),
+        (True, 70, f"; the last good checkpoint is step 70; go on with: jaxrl train --resume {tmp_path}"),
+    ):
+        (tmp_path / "config.yaml").touch()
+        interruption = Interruption(tmp_path, print, lambda saved=saved: saved, opened=opened)
+        with pytest.raises(kind) as caught, failures.continued(interruption):
+            raise kind("the game server is down")
+        assert str(caught.value) == f"the game server is down{way_on}"
+        options = argparse.Namespace(traceback=False)
+        assert cli._foreseen(caught.value, options) == (1, str(caught.value))
+    assert capsys.readouterr().err.count("\n") == 3
+
+
+def test_only_the_main_process_misses_the_config_of_a_run(tmp_path, monkeypatch):
+    interruption = Interruption(tmp_path, print, lambda: 3, opened=True)
+    assert interruption.way_on().startswith("put it back, and go on with: ")
+    monkeypatch.setattr("jaxrl_llm.parallel.hosts.is_main", lambda: False)
+    assert interruption.way_on().startswith("the last good checkpoint is step 3; go on with: ")
 
 
 def test_the_first_cause_of_a_chain_is_named(tmp_path):

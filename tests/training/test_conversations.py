@@ -161,15 +161,19 @@ def test_an_environment_that_fails_leaves_a_state_to_go_on_from(config_of, tmp_p
     calls, right = iter(range(1000)), own_environment.step
 
     def failing(state, turn):
-        if next(calls) == 8:  # the evaluation before takes six turns at most
+        if next(calls) == fails[0]:
             raise OSError("the game server is down")
         return right(state, turn)
 
+    fails = [1]  # in the evaluation before, for which there is no checkpoint yet
     few = "evaluation={problems: 1, samples_per_problem: 1, k: [1], sequences_per_batch: 2}"
     config = config_of("guess", f"run_dir={tmp_path / 'run'}", few, "training.steps=1")
     monkeypatch.setattr(own_environment, "step", failing)
-    with pytest.raises(EnvironmentFailure, match=r"raised OSError: the game server is down for row .*train --resume"):
+    with pytest.raises(EnvironmentFailure, match=r"server is down for row .*begin anew with: jaxrl train --resume"):
         train(config)
+    fails = [next(calls) + 7]  # the evaluation before takes six turns at most
+    with pytest.raises(EnvironmentFailure, match=r"server is down for row .*checkpoint is step 0; .*train --resume"):
+        train(config, resume=True)
     monkeypatch.setattr(own_environment, "step", right)
     assert train(config, resume=True)["steps"] == 1
 

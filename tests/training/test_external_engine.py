@@ -293,7 +293,7 @@ def test_a_run_hands_its_weights_over_and_is_resumed_after_the_engine_failed(run
 
     server.routes["/update_weights_from_disk"] = broken
     with pytest.raises(
-        EndpointError, match=r"could not take .*'out of memory'.* The state before step 2 is saved: repair"
+        EndpointError, match=r"could not take .*'out of memory'.* the last good checkpoint is step 1; go on"
     ):
         train(config, console=shown)
     server.routes["/update_weights_from_disk"] = run_config.engine.load

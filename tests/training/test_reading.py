@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,8 @@ import numpy as np
 import pytest
 
 from jaxrl_llm.experience import Prompts
-from jaxrl_llm.rewards import RewardError
+from jaxrl_llm.rewards import Guarded, RewardError, guarded, host
+from jaxrl_llm.rewards.host import Reading
 from jaxrl_llm.signatures import reading
 from jaxrl_llm.training import Fill, Reward
 from jaxrl_llm.training.reading import Context, columns_of, reading_part, reads_items
@@ -267,7 +269,11 @@ def raising(completions):
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        (raising, r"'judge' raised ZeroDivisionError: .* at row 0 \(completion '.*'\); catch the case in the function"),
+        (
+            raising,
+            r"'judge' raised ZeroDivisionError: .* at row 0 \(completion '.*'\); catch the case in the function .*, or "
+            "give value_on_failure to go on$",
+        ),
         (at_row(float("-inf")), r"'judge' returned -inf at row 5 .* must be finite .* return a number such as 0\.0"),
         (lambda completions: [0.0] * 7, "'judge' returned 7 values for 8 rows; it must return .* 8 floats"),
         (lambda completions: 0.5, "'judge' returned a float for 8 rows"),
@@ -276,6 +282,17 @@ def raising(completions):
 def test_a_reading_that_fails_is_named_with_its_row_and_a_remedy(rows, function, message):
     with pytest.raises(RewardError, match=message):
         column(rows, function)
+
+
+def test_of_a_shipped_function_the_remedy_is_not_to_edit_it():
+    from jaxrl_llm.rewards import number_match
+
+    for function in (number_match, Guarded(partial(number_match), "judge")):
+        assert host._shipped(function)
+        said = str(host._told(Reading(function, "judge"), ValueError("no number"), {}, 3))
+        assert said.endswith("no number at row 3; give value_on_failure, the value of such completions, to go on")
+    assert not host._shipped(guarded._staying(raising))
+    assert not host._shipped(partial(raising))
 
 
 @pytest.mark.parametrize("value", [float("nan"), None])
