@@ -119,7 +119,7 @@ def test_a_finished_one_is_not_sampled_again(place, finished_run):
 def test_a_grader_that_fails_names_the_problem_and_what_was_done_stays(place, finished_run):
     arguments = ("--data", "problems.jsonl", "--k", "1", "--batch", "4", "--out", "out")
     status, _, err = said("eval", finished_run.directory, *arguments, "--grader", "own_grader:breaks")
-    assert status == 2
+    assert status == 1
     assert "grader 'own_grader:breaks' failed at line 3 of problems.jsonl ('A:1+5') with KeyError" in err
     assert "Traceback" not in err
     assert len((place / "out" / "problems.jsonl").read_text().splitlines()) == 2
@@ -135,7 +135,7 @@ def test_what_was_graded_before_a_failure_in_a_batch_is_kept_and_not_graded_agai
     with monkeypatch.context() as broken:
         broken.setattr(own_grader.grade, "__code__", own_grader.breaks_at_fourth.__code__)
         status, _, err = said(*own, "--out", "out")
-    assert (status, "failed at line 4 of problems.jsonl" in err) == (2, True), err
+    assert (status, "failed at line 4 of problems.jsonl" in err) == (1, True), err
     assert (place / "out" / "problems.jsonl").read_bytes() == b"".join(whole["problems.jsonl"].splitlines(True)[:3])
     before = len(own_grader.calls)
     assert said(*own, "--out", "out")[0] == 0
