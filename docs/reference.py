@@ -211,10 +211,6 @@ def formats_page() -> str:
         [f"`{name}`", ", ".join(f"`{field}: {value}`" for field, value in vars(fields).items() if value is not None)]
         for name, fields in jsonl.FORMATS.items()
     ]
-    files = [
-        (f"## {name[0].upper() + name[1:] if ' ' in name else f'`{name}`'}", list(keys.items()))
-        for name, keys in file_columns.FILES.items()
-    ]
     parts = [
         FORMATS_INTRODUCTION.strip(),
         "## Problems to train on\n\n`data.path` with `data.format`, which is short for these fields; each can be set "
@@ -236,8 +232,10 @@ def formats_page() -> str:
         markdown_table(["source", "a line", "fields of its rows"], told),
         "## `metrics.jsonl`\n\n[Metrics](metrics.md).",
     ]
-    for title, keys in files:
-        parts += [title, markdown_table(["key", "meaning"], [[f"`{key}`", meaning] for key, meaning in keys])]
+    for name, keys in file_columns.FILES.items():
+        parts.append(f"## {name[0].upper() + name[1:] if ' ' in name else f'`{name}`'}")
+        parts += [file_columns.NOTES[name]] if name in file_columns.NOTES else []
+        parts.append(markdown_table(["key", "meaning"], [[f"`{key}`", meaning] for key, meaning in keys.items()]))
     return "\n\n".join(parts) + "\n"
 
 

@@ -36,6 +36,24 @@ def shortened(text: str, most: int = LONGEST_MESSAGE) -> str:
     return f"{text[:kept]}...{text[-kept:]} ({len(text):,} characters)"
 
 
+def counted(number: int, noun: str) -> str:
+    """A number with its noun, for messages.
+
+    >>> counted(1, "line"), counted(1200, "line")
+    ('1 line', '1,200 lines')
+    """
+    return f"{number:,} {noun}" + "s" * (number != 1)
+
+
+def there_are(number: int, noun: str) -> str:
+    """`counted` as a clause, for messages.
+
+    >>> there_are(1, "device"), there_are(8, "device")
+    ('there is 1 device', 'there are 8 devices')
+    """
+    return f"there {'is' if number == 1 else 'are'} {counted(number, noun)}"
+
+
 def error_line(error: BaseException) -> str:
     r"""The type and the message of an error in one line of limited length.
 

@@ -128,6 +128,23 @@ def test_explain_gives_the_stages_in_order(explained):
     assert by_name["kl_estimate"]["provides"] == "loss x 0.01"
 
 
+def test_explain_counts_the_rows_of_a_step_that_samples_nothing(micro_yaml):
+    learns = ["source=[{demonstrations: {sequences_per_step: 6}}]", "losses=[negative_log_likelihood]"]
+    built = explain_parts(
+        micro_yaml,
+        *learns,
+        "rewards=[]",
+        "credit=[]",
+        "networks={}",
+        "training.minibatches_per_epoch=1",
+        "training.sequences_per_microbatch=6",
+        "warm_start={}",
+    )
+    sizes = explain.sizes(built, explain.abstract_inputs(built)[0], explain.trace(built))
+    assert "prompts_per_step" not in sizes
+    assert (sizes["sequences_per_step"], sizes["completion_tokens_per_step_at_most"]) == (6, 36)
+
+
 def test_explain_gives_shapes_sizes_and_work(explained, finished_run):
     assert explained["shapes"]["tokens"] == "int32[16, 6]"
     assert explained["shapes"]["advantages"] == "float32[16, 6]"

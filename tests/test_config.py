@@ -651,7 +651,7 @@ def test_a_run_lies_where_it_says_or_under_its_name(parsed):
         ("training.sequences_per_microbatch=3", "sequences_per_microbatch is 3, which does not divide the 8 sequences"),
         ("rollout.temperature=0", "rollout.temperature is 0.0; it must be above 0"),
         ("mesh.devices=99", "mesh.devices is 99, but this process sees"),
-        ("mesh.tensor=3", r"mesh.tensor 3 is 3, but there are \d+ devices; choose sizes whose product is"),
+        ("mesh.tensor=3", r"mesh.tensor 3 is 3, but there (is|are) \d+ devices?; choose sizes whose product is"),
         ("mesh.rules={mpl: []}", "mesh.rules names 'mpl', which is not an axis of an array; did you mean mlp"),
         ("training.bfloat16_update=master", "model.parameter_dtype is 'float32'; set it to bfloat16, or leave"),
         ("rewards=[]", "names 'rewards', which nothing in this step provides; a function in rewards provides it"),

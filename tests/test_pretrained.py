@@ -157,6 +157,14 @@ def test_an_exported_run_gives_the_same_numbers_in_transformers(run, files):
     for here, there in zip(by_run[1:], by_directory[1:], strict=True):
         assert here["tokens"] == there["tokens"]
         np.testing.assert_allclose(here["logprobs"], there["logprobs"], atol=1e-6)
+    # As in the run, with the template of the directory and the prompt format of the run.
+    asked = files.root / "asked.jsonl"
+    text = "Tom has 3 clips?\nReason step by step, and write the final answer after ####."
+    asked.write_text(json.dumps({"prompt": text, "completion": "3+1\n#### 4"}))
+    chatted = json.loads(call("score", out, "--file", asked, "--chat"))
+    assert chatted["prompt_tokens"] == by_run[0]["prompt_tokens"]
+    np.testing.assert_allclose(chatted["total"], by_run[0]["total"], atol=1e-5)
+    assert yaml.safe_load((out / "README.md").read_text().split("---\n")[1])["base_model"] == str(files.checkpoint)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(out).eval()
     for scored in [*by_run, *by_directory]:
         whole = torch.tensor([[*scored["prompt_tokens"], *scored["tokens"]]])

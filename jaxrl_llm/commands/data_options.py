@@ -19,7 +19,8 @@ def add_data(command: Command) -> None:
     data = command(
         "data",
         "data_preview:show_data",
-        "Show the problems of a config: prompts as the policy reads them, lengths, duplicates.",
+        "Show the problems of a config: prompts as the policy reads them, lengths, duplicates; and what a run would "
+        "refuse, with status 2.",
     )
     data.add_argument("config", nargs="+", metavar="CONFIG [section.key=value ...]", help="as for train")
     data.add_argument(

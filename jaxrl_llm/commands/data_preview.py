@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,24 +20,31 @@ from jaxrl_llm.data import Tokenizer
 from jaxrl_llm.data.row_files import SPLITS
 from jaxrl_llm.data.splits import prompt_key
 from jaxrl_llm.data.tasks.items import record, reference_response
-from jaxrl_llm.run.problems import data_sets
+from jaxrl_llm.run.batches import encoded, grader, prompt_batches
+from jaxrl_llm.run.policy_parts import described_policy
+from jaxrl_llm.run.problems import data_sets, own_data
+from jaxrl_llm.run.rewards_tried import answers_of, require_answers, require_columns, require_usable_answers
 from jaxrl_llm.run.samples import spread
-from jaxrl_llm.run.setup import described_policy
-from jaxrl_llm.run.staged import last_stage
+from jaxrl_llm.run.staged import last_stage, staged
+from jaxrl_llm.run.stages import Stage, written_of
 
 _MOST = 20_000  # problems per split whose tokens are counted
 _BINS, _BAR = 10, 40
 
 
-def show_data(options: argparse.Namespace) -> None:
-    """Print some prompts as the policy reads them, and statistics of all prompts."""
-    config = last_stage(loaded_config(options.config))
+def show_data(options: argparse.Namespace) -> int:
+    """Print some prompts as the policy reads them, statistics of all prompts, and what a run would refuse; status 2 if
+    it would refuse anything."""
+    whole = loaded_config(options.config)
+    config = last_stage(whole)
     if not config.has_problems:
         raise ConfigError("this config has no problems; name a task, data.path or data.sources")
     found = preview(config, described_policy(config)[1], shown=options.count, split=options.split)
+    found["refused"] = refusals(whole)
+    status = 2 if found["refused"] else 0
     if options.json:
         print(json.dumps(found, indent=2, ensure_ascii=False))
-        return
+        return status
     console = Console()
     for number, one in enumerate(found["prompts"], start=1):
         console.rule(
@@ -57,6 +65,40 @@ def show_data(options: argparse.Namespace) -> None:
     for rows, title in ((told, "left out"), (found["equal"], "equal prompts")):
         console.print()
         show(options, rows, title)
+    for text in found["refused"]:
+        print(f"error: {text}", file=sys.stderr)
+    return status
+
+
+def refusals(config: Config) -> list[str]:
+    """What `jaxrl train` would refuse of the data of a config, in the order of its checks."""
+    found: list[str] = []
+
+    def tried(check: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            return check(*arguments)
+        except ValueError as error:
+            found.extend([] if str(error) in found else [str(error)])
+            return None
+
+    if (described := tried(staged, config)) is None:
+        return found
+    stages = [Stage(**each) for each in described]
+    built = stages[-1].parts
+    overlap = tried(data_sets, built.config) is None
+    sets = data_sets(built.config, overlap="keep") if overlap else data_sets(built.config)
+    for stage in stages:
+        own = tried(own_data, stage, stages[-1], sets) or {}
+        for check in (require_answers, require_columns, require_usable_answers):
+            tried(check, stage.parts, own)
+        if own and stage.samples:
+            tried(prompt_batches, stage.parts, own["train"])
+        tried(written_of, stage.parts, own)
+    held_out = [sets[split] for split in ("validation", "test")]
+    tried(grader, built, *(each for each in held_out if answers_of(each)))
+    for each in held_out:
+        tried(encoded, built, each)
+    return found
 
 
 def preview(config: Config, tokenizer: Tokenizer, *, shown: int, split: str) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import operator
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +19,22 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from jaxrl_llm.bounds import natural, shown
+from jaxrl_llm.bounds import counted, natural, shown
 from jaxrl_llm.commands.arguments import assignments, require_positive
 from jaxrl_llm.compilation_cache import enable_compilation_cache
 from jaxrl_llm.evaluation import measured
 from jaxrl_llm.evaluation.comparison import compared, forgetting
-from jaxrl_llm.evaluation.evaluate import problems_per_batch
+from jaxrl_llm.evaluation.evaluate import column
 from jaxrl_llm.evaluation.record_files import (
     PROBLEMS,
     RecordFile,
     items_fingerprint,
     params_fingerprint,
     read_problem_records,
+    stored_samples,
 )
 from jaxrl_llm.evaluation.suites import Evaluation, evaluation_of, read_suite
-from jaxrl_llm.run.evaluated import Prepared, evaluated, guided, prepared
-from jaxrl_llm.run.setup import opened_parts
+from jaxrl_llm.run.evaluated import Prepared, evaluated, guided, prepared, with_environment
 
 _OPERATORS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt, "==": operator.eq}
 _REQUIREMENT = re.compile(r"([^<>=]+)(>=|<=|==|>|<)([^<>=]+)")
@@ -55,27 +56,32 @@ def evaluate_checkpoint(options: argparse.Namespace) -> int:
     if options.guided_by is not None:
         how = {"strength": options.strength, "candidates": options.candidates}
         subject = guided(subject, options.path, options.guided_by, **how)
-    if subject.built is None:
-        return _report(options, evaluations, requirements, subject)
-    with opened_parts(subject.built) as ready:
-        return _report(options, evaluations, requirements, subject._replace(built=ready))
+    with with_environment(subject, evaluations.values()) as ready:
+        return _report(options, evaluations, requirements, ready)
 
 
 def _report(
     options: argparse.Namespace, evaluations: Mapping[str, Evaluation], requirements: list, subject: Any
 ) -> int:
     """Measure every checkpoint, and print the results."""
+    several, console = len(subject.checkpoints) > 1, Console(stderr=True)
+    labels = [label for label, _ in subject.checkpoints]
+    evaluations = {
+        name: _with_stored_samples(one, [_directory(options, label * several, name) for label in labels])
+        for name, one in evaluations.items()
+    }
     ready = {
         name: prepared(one, subject, reference=options.reference, batch=options.batch)
         for name, one in evaluations.items()
     }
-    several, console = len(subject.checkpoints) > 1, Console(stderr=True)
+    for note in dict.fromkeys(note for each in ready.values() for note in each.notes):
+        print(f"note: {note}", file=sys.stderr)
     results: dict[str, dict[str, Any]] = {}
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         for label, read in subject.checkpoints:
             params, found = read(), {}
             for name, one in evaluations.items():
-                out = None if options.out is None else Path(options.out, *([label] * several), *([name] * bool(name)))
+                out = _directory(options, label * several, name)
                 bar = progress.add_task(" ".join(filter(None, [label * several, name or "problems"])))
                 found[name] = _measured(
                     one, ready[name], params, out, lambda n, of, b=bar: progress.update(b, completed=n, total=of)
@@ -88,25 +94,53 @@ def _report(
     if options.json:
         print(json.dumps({"checkpoints": results} if several else last, indent=2))
     else:
-        _show(results, evaluations, options)
+        _show(results, evaluations)
     return _unmet(requirements, last, named=bool(next(iter(evaluations))))
+
+
+def _directory(options: argparse.Namespace, label: str, name: str) -> Path | None:
+    """The directory below `--out` of an evaluation of a checkpoint; empty names add none."""
+    return None if options.out is None else Path(options.out, *filter(None, (label, name)))
+
+
+def _with_stored_samples(one: Evaluation, directories: Sequence[Path | None]) -> Evaluation:
+    """The evaluation with as many samples as the stored one that it continues, unless it names a number itself.
+
+    Raises:
+      ValueError: if they are too few for its k.
+    """
+    stored = {each: number for each in directories if each is not None and (number := stored_samples(each))}
+    if one.samples is not None or not stored:
+        return one
+    directory, number = next(iter(stored.items()))
+    if number < max(one.k):
+        raise ValueError(
+            f"--out {directory} holds an evaluation with samples {number}, too few for k {list(one.k)}; give --k with "
+            f"numbers up to {number}, or another directory"
+        )
+    return replace(one, samples=number)
 
 
 def _measured(one: Evaluation, ready: Prepared, params: PyTree, out: Path | None, progress: Any) -> dict[str, Any]:
     """The metrics of one evaluation of one checkpoint; existing records are reused."""
-    file, records, per_batch = None, [], problems_per_batch(one.samples_per_problem, ready.sequences_per_batch)
+    file, records = None, []
     if out is not None:
         settings = ready.settings | {
             "parameters": params_fingerprint(params),
             "problems": items_fingerprint(ready.items),
         }
         file = RecordFile(out, settings)
-        records = file.kept(per_batch)
-    for batch in ready.records(params, ready.items, jax.random.key(one.seed), -(-len(records) // per_batch)):
+        records = file.kept()
+    for batch in ready.records(params, ready.items, jax.random.key(one.seed), len(records)):
         records += batch
         if file is not None:
             file.append(batch)
         progress(len(records), len(ready.items))
+    if one.by:  # stored records may have been written with other columns
+        items = {item["item_id"]: item for item in ready.items}
+        records = [
+            each | {"columns": {name: column(items[each["item_id"]], name) for name in one.by}} for each in records
+        ]
     summary = measured(records, one.k, by=one.by)
     if file is not None:
         file.summarise(summary)
@@ -208,13 +242,13 @@ def _looked_up(values: Any, name: str) -> float | None:
 # ---- tables ---------------------------------------------------------------------------------------------------------
 
 
-def _show(results: Mapping[str, Any], evaluations: Mapping[str, Evaluation], options: argparse.Namespace) -> None:
+def _show(results: Mapping[str, Any], evaluations: Mapping[str, Evaluation]) -> None:
     console = Console()
     last = list(results.values())[-1]
     if len(results) > 1:
         _show_checkpoints(console, results, evaluations)
     for name, values in last.get("evaluations", {"": last}).items():
-        table = Table(title=f"{name or options.path}: {last['checkpoint']}")
+        table = Table(title=": ".join(filter(None, (name, last["checkpoint"]))))
         for heading in ("metric", "value", "95% interval"):
             table.add_column(heading, justify="left" if heading == "metric" else "right", no_wrap=heading != "metric")
         for metric, value in values.items():
@@ -227,8 +261,8 @@ def _show(results: Mapping[str, Any], evaluations: Mapping[str, Evaluation], opt
                 if found[metric] is not None:
                     table.add_row(f"{metric} ({kind})", f"{found[metric]:.3f}", "")
         console.print(table)
-        for column, parts in values["by"].items():
-            _show_parts(console, column, parts)
+        for by, parts in values["by"].items():
+            _show_parts(console, by, parts)
 
 
 def _show_parts(console: Console, column: str, parts: Mapping[str, Any]) -> None:
@@ -297,7 +331,7 @@ def compare_evaluations(options: argparse.Namespace) -> None:
         if name == "forgetting":
             console.print(f"forgetting of pass@1, mean over evaluations: {each:+.1%}")
             continue
-        table = Table(title=f"{name or 'difference'}: {each['problems']} problems")
+        table = Table(title=f"{name or 'difference'}: {counted(each['problems'], 'problem')}")
         for heading in ("metric", "first", "second", "difference", "95% interval", "p"):
             table.add_column(heading, justify="left" if heading == "metric" else "right")
         for metric, row in each["metrics"].items():

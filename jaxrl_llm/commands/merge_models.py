@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
+from jaxrl_llm.bounds import counted
 from jaxrl_llm.commands.arguments import require_package
 from jaxrl_llm.commands.tables import show_report
 from jaxrl_llm.models import load_reward_model, merging, save_model, save_reward_model
@@ -34,7 +35,7 @@ def show_merge(options: argparse.Namespace) -> None:
         share=options.share,
         seed=options.seed,
     )
-    show_report(options, report, f"merge of {len(options.models)} models")
+    show_report(options, report, f"merge of {counted(len(options.models), 'model')}")
 
 
 def merge_models(
@@ -128,7 +129,8 @@ def _require_options(paths: Sequence[str], method: str, weights: Any, base: str 
     wanted = 1 if method in ("slerp", "ties", "select") else len(paths)
     if weights is not None and len(weights) != wanted:
         raise ValueError(
-            f"--weights has {len(weights)} numbers; --method {method} of {len(paths)} models takes {wanted}"
+            f"--weights has {counted(len(weights), 'number')}; --method {method} of {counted(len(paths), 'model')} "
+            f"takes {wanted}"
         )
 
 

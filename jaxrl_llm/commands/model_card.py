@@ -1,4 +1,4 @@
-"""The model card of an export: base model, data, method, accuracies and config."""
+"""The model card of an export: base model, stages, data, method, accuracies, how to load it, and config."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from typing import Any
 import yaml
 
 from jaxrl_llm import __version__
+from jaxrl_llm.bounds import counted
 from jaxrl_llm.config import Config, as_tree
+from jaxrl_llm.run.recipes import entry_of
+from jaxrl_llm.run.staged import earlier_stages, last_stage
 
 CARD = """\
 ---
@@ -18,21 +21,17 @@ CARD = """\
 
 # {name}
 
-Trained from {base} by reinforcement with jaxrl_llm {version}: {steps} steps of {prompts} prompts with {samples}
-completions each, on {data}.{paper}
+{what} trained from {base} with jaxrl_llm {version}, on {data}: {stages}{lora}.{paper}
 
 | | |
 | --- | --- |
 | rewards | {rewards} |
 | advantages | {credit} |
 | losses | {losses} |
-| checkpoint | step {step} |
+| checkpoint | step {step} of {steps}, counted over all stages |
 {results}
 ```python
-from transformers import {auto}, AutoTokenizer
-
-model = {auto}.from_pretrained("{place}")
-tokenizer = AutoTokenizer.from_pretrained("{place}")
+{snippet}
 ```
 
 Performance on other data was not evaluated. The whole config:
@@ -40,52 +39,101 @@ Performance on other data was not evaluated. The whole config:
 ```yaml
 {config}```
 """
+MODEL = """\
+from transformers import {auto}{tokenizers}
+
+model = {auto}.from_pretrained("{place}")"""
+ADAPTERS = """\
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "{place}")
+tokenizer = AutoTokenizer.from_pretrained("{base}")"""
 
 
-def model_card(config: Config, source: Path, place: str, *, scores: bool = False) -> str:
+def model_card(
+    config: Config, source: Path, place: str, *, scores: bool = False, adapters: bool = False, tokenizer: bool = True
+) -> str:
     """The text of README.md.
 
     Args:
-      config: of the run.
+      config: of the run, with all of its stages.
       source: the checkpoint.
       place: the exported directory.
       scores: the export is a reward model.
+      adapters: the export has only the adapters of section lora.
+      tokenizer: the export has the files of a tokenizer.
     """
     tree = as_tree(config)
     base = (tree.get("model") or {}).get("path")
     head: dict[str, Any] = {
-        "library_name": "transformers",
+        "library_name": "peft" if adapters else "transformers",
         "pipeline_tag": f"text-{'classification' if scores else 'generation'}",
     }
     head |= {"tags": ["reinforcement-learning", "jaxrl_llm"]} | ({"base_model": base} if base else {})
-    about = config.about
+    last, about = last_stage(config), config.about
+    stages = [*(one for _, one in earlier_stages(config)), last]
     return CARD.format(
         head=yaml.safe_dump(head, sort_keys=False),
         name=config.name,
+        what="LoRA adapters" if adapters else "A reward model" if scores else "A model",
         base=f"`{base}`" if base else "a model described by its shape",
         version=__version__,
-        steps=config.training.steps,
-        prompts=config.training.prompts_per_step,
-        samples=config.rollout.samples_per_prompt,
-        data=_data(config),
+        stages=", then ".join(_stage(one) for one in stages),
+        lora=_lora(config, merged=not adapters),
+        data=", ".join(dict.fromkeys(text for one in stages for text in _data(one))),
         paper=f" The method is that of {about.paper}." if getattr(about, "paper", "") else "",
-        rewards=_named(config.rewards),
-        credit=_named(config.credit),
-        losses=_named(config.losses),
+        rewards=_named(last.rewards),
+        credit=_named(last.credit),
+        losses=_named(last.losses),
         step=source.name,
+        steps=sum(one.training.steps for one in stages),
         results=_results(source.parent.parent / "summary.json"),
-        place=place,
-        auto="AutoModelForSequenceClassification" if scores else "AutoModelForCausalLM",
+        snippet=_snippet(base, place, scores=scores, adapters=adapters, tokenizer=tokenizer),
         config=yaml.safe_dump(tree, sort_keys=False, allow_unicode=True),
     )
 
 
-def _data(config: Config) -> str:
-    """The training data."""
+def _snippet(base: str | None, place: str, *, scores: bool, adapters: bool, tokenizer: bool) -> str:
+    """The Python lines that load the export."""
+    if adapters:
+        return ADAPTERS.format(base=base, place=place)
+    auto = "AutoModelForSequenceClassification" if scores else "AutoModelForCausalLM"
+    text = MODEL.format(auto=auto, place=place, tokenizers=", AutoTokenizer" if tokenizer else "")
+    own = "# text is encoded by jaxrl_llm.data.CharacterTokenizer()"
+    return f"{text}\n" + (f'tokenizer = AutoTokenizer.from_pretrained("{place}")' if tokenizer else own)
+
+
+def _stage(config: Config) -> str:
+    """The steps of a stage, and the rows that it learns from."""
+    entries = [entry_of(entry, "source") for entry in config.source]
+    steps, rollout, parts = counted(config.training.steps, "step"), config.rollout, []
+    for name, hyper in entries:
+        if name == "sampler":
+            kind = " of reinforcement" if config.rewards else " on its own samples"
+            sizes = f"{config.training.prompts_per_step} prompts with {rollout.samples_per_prompt} completions each"
+            parts.insert(0, f"{steps}{kind}, {sizes}")
+            continue
+        size = hyper.get("sequences_per_step", hyper.get("groups_per_step"))
+        named = name.replace("_", " ") + (f" ({size} a step)" if size else "")
+        parts.append(named if len(entries) > 1 else f"{steps} on {named}")
+    return " and ".join(parts)
+
+
+def _lora(config: Config, *, merged: bool) -> str:
+    lora = config.lora
+    if lora is None:
+        return ""
+    return f"; with LoRA of rank {lora.rank} (alpha {lora.alpha:g})" + (", merged into the weights" if merged else "")
+
+
+def _data(config: Config) -> list[str]:
+    """The training data of a stage."""
+    entries = [entry_of(entry, "source")[1] for entry in config.source]
+    files = [str(hyper["file"]) for hyper in entries if "file" in hyper]
     sources = [(one.path, one.task) for one in config.data.sources.values()] or [(config.data.path, config.task)]
-    return ", ".join(
-        f"`{path}`" if path else f"the built-in task {task.name if task else ''}" for path, task in sources
-    )
+    named = [f"`{path}`" if path else f"the built-in task {task.name}" if task else "" for path, task in sources]
+    return [f"`{file}`" for file in files] or [name for name in named if name]
 
 
 def _named(entries: Any) -> str:

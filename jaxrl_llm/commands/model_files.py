@@ -13,7 +13,6 @@ from jaxrl_llm.commands.arguments import require_package, require_positive
 from jaxrl_llm.commands.model_card import model_card
 from jaxrl_llm.commands.tables import show_report
 from jaxrl_llm.compilation_cache import enable_compilation_cache
-from jaxrl_llm.config import Config
 from jaxrl_llm.data.json_files import json_objects
 from jaxrl_llm.evaluation import make_most_likely, make_score
 from jaxrl_llm.models import (
@@ -30,7 +29,7 @@ from jaxrl_llm.models.families import is_vision_language
 from jaxrl_llm.models.transformer_config import Precision
 from jaxrl_llm.ranges import Positive, require_range
 from jaxrl_llm.run.configured import is_run
-from jaxrl_llm.run.restored import restored_network, restored_policy, restored_run
+from jaxrl_llm.run.restored import restored_network, restored_policy, restored_run, run_config
 
 
 def show_import(options: argparse.Namespace) -> None:
@@ -61,7 +60,7 @@ def show_score(options: argparse.Namespace) -> None:
     if options.top is not None:
         require_positive(options, "top")
     numbers = {name: getattr(options, name) for name in ("temperature", "batch", "dtype", "top")}
-    lines = score_file(options.path, options.file, **numbers)
+    lines = score_file(options.path, options.file, chat=options.chat, **numbers)
     for line in lines:
         print(json.dumps(line))
 
@@ -117,7 +116,7 @@ def export_run(path: str, out: str, *, dtype: Precision | None = None, adapters:
         if dtype is not None:
             raise ValueError("--dtype and --adapters are both given, but adapters are stored in float32; drop one")
         files = save_adapters(out, policy.params, policy.model.config, built.config.lora, source=built.directory)
-        names = [file.name for file in files] + _with_card(built.config, policy.source, out)
+        names = [file.name for file in files] + _with_card(policy.source, out, adapters=True)
         return {"checkpoint": str(policy.source), "written to": out, "files": names, "adapters": "alone, for PEFT"}
     trained = policy.model.trained
     params = policy.params if trained is None else trained.merged(policy.params)
@@ -125,7 +124,7 @@ def export_run(path: str, out: str, *, dtype: Precision | None = None, adapters:
     return {
         "checkpoint": str(policy.source),
         "written to": out,
-        "files": [file.name for file in files] + _with_card(built.config, policy.source, out),
+        "files": [file.name for file in files] + _with_card(policy.source, out),
         "adapters": "none" if trained is None else "merged",
         "tokenizer": "copied" if built.directory else "none: the built-in tokenizer has no file of this kind",
     }
@@ -161,25 +160,36 @@ def export_reward_model(path: str, out: str, name: str, *, dtype: Precision | No
         "checkpoint": str(policy.source),
         "network": name,
         "written to": out,
-        "files": [file.name for file in files] + _with_card(built.config, policy.source, out, scores=True),
+        "files": [file.name for file in files] + _with_card(policy.source, out, scores=True),
     }
     note = "padding and end of sequence are the same token, so transformers scores the token before the end"
     return report if pad is not None else report | {"note": note}
 
 
-def _with_card(config: Config, source: Path, out: str, *, scores: bool = False) -> list[str]:
-    (Path(out) / "README.md").write_text(model_card(config, Path(source), out, scores=scores))
+def _with_card(source: Path, out: str, **kind: bool) -> list[str]:
+    """Write the model card of an export from a checkpoint."""
+    tokenizer = any((Path(out) / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+    card = model_card(run_config(source), source, out, tokenizer=tokenizer, **kind)
+    (Path(out) / "README.md").write_text(card)
     return ["README.md"]
 
 
 def score_file(
-    path: str, file: str, *, temperature: float, batch: int, dtype: str | None, top: int | None = None
+    path: str,
+    file: str,
+    *,
+    temperature: float,
+    batch: int,
+    dtype: str | None,
+    top: int | None = None,
+    chat: bool = False,
 ) -> list[dict[str, Any]]:
     """Log-probabilities of the texts or token ids of a file, one entry per line, in order.
 
     A line holds `tokens` (after `prompt_tokens`; without these the first token is not scored), or `completion` with
-    `prompt`, or `text`. A prompt and its completion are encoded as in training: with the run's prompt format, and end
-    of sequence after the completion.
+    `prompt`, or `text`. A prompt and its completion are encoded as in training: with the run's prompt format and chat
+    template, and end of sequence after the completion. A model directory has no prompt format; with `chat` its chat
+    template is applied.
 
     With `top`, a line has the texts and that many most likely tokens at each position of the completion, which is what
     the source `distributions` reads.
@@ -187,7 +197,7 @@ def score_file(
     Raises:
       ValueError: for a line with none of these, or with ids where `top` needs texts, naming the line.
     """
-    policy = restored_policy(path, dtype=dtype)
+    policy = restored_policy(path, dtype=dtype, chat=chat)
     lines = json_objects(Path(file), "--file")
     texts = [_tokens(policy.tokenizer, line, where) for where, line in lines]
     policy = policy.for_context(max((len(prompt) + len(completion) for prompt, completion in texts), default=0))

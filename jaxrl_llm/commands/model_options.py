@@ -18,6 +18,11 @@ def add_model_files(command: Callable[..., argparse.ArgumentParser]) -> None:
     score.add_argument(
         "--file", required=True, metavar="JSONL", help="lines with prompt and completion, text, or tokens"
     )
+    score.add_argument(
+        "--chat",
+        action="store_true",
+        help="apply the chat template of a model directory to prompts (a run applies its own format and template)",
+    )
     score.add_argument("--temperature", type=float, default=1.0, help="temperature of the softmax (default 1)")
     score.add_argument("--batch", type=int, default=8, help="sequences scored together")
     score.add_argument(

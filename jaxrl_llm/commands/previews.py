@@ -55,14 +55,15 @@ def show_step(options: argparse.Namespace) -> None:
 
 def _show_outline(options: argparse.Namespace, built: Parts) -> None:
     """A short outline: functions in order, and sizes. Nothing is compiled."""
-    trace(built)  # raises for a step that cannot work
+    traced = trace(built)  # raises for a step that cannot work
     rows = [
         {key: "rows" if (key, row["stage"]) == ("provides", "collect") else row[key] for key in keys}
         for keys in [("stage", "name", "provides", "where")]
         for row in stages(built.step.composition)
     ]
     show(options, rows, "one step, in order", spare=("where",))
-    found = [f"{name.replace('_', ' ')} {value:,}" for name, value in sizes(built, abstract_inputs(built)[0]).items()]
+    numbers = sizes(built, abstract_inputs(built)[0], traced)
+    found = [f"{name.replace('_', ' ')} {value:,}" for name, value in numbers.items()]
     console = Console()
     console.print(Text(f"\n{'; '.join(found)}"))
     console.print(Text("--verbose also shows needs, hyper-parameters, shapes, and the work of programs", style="dim"))

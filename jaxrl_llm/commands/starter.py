@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxrl_llm.bounds import counted
 from jaxrl_llm.data.chat import template_source
 from jaxrl_llm.data.json_files import json_object
 from jaxrl_llm.data.jsonl import fields_of, read_records
@@ -17,9 +18,11 @@ from jaxrl_llm.rewards.verifiers.numbers import parsed_number
 _PROMPTS = ("prompt", "problem", "question", "instruction", "input", "query", "body")
 _ANSWERS = ("answer", "solution", "target", "output", "label", "ground_truth", "final_answer")
 _LOOKED_AT = 1000
+_RENDERED = 16  # the longest ones, whose prompts are rendered
+_SPARE, _COMPLETION = 64, 512  # tokens
 
 TEXT = """\
-# Written by jaxrl init from the first {looked_at} of {count} lines of {data}. docs/config.md has every key.
+# Written by jaxrl init from the first {looked_at} of {count} of {data}. docs/config.md has every key.
 #   jaxrl explain {out}      the parts of the step, and their cost
 #   jaxrl train {out}        training.steps=20 evaluation.problems=32 for a first try
 name: {name}
@@ -40,7 +43,7 @@ data:
 rollout:
   samples_per_prompt: 8      # completions per prompt, which are compared with each other
   max_prompt_tokens: {prompt_tokens}     # {why_prompt_tokens}
-  max_completion_tokens: 512
+  max_completion_tokens: {completion_tokens}{why_completion_tokens}
 
 rewards:                     # {columns}
 {rewards}
@@ -76,21 +79,26 @@ def write_starter(options: argparse.Namespace) -> None:
     format, fields = _format(keys, first, data)
     records, _ = read_records(data, fields_of(format, **fields))
     records_seen = records[:_LOOKED_AT]
-    (rewards, prompt_format), (tokens, why) = _reward(records_seen), _prompt_tokens(records_seen, options.model)
+    rewards, prompt_format = _reward(records_seen)
+    prompts = "chat" if format == "messages" or _has_template(options.model) else "plain"
+    longest, how = _longest_prompt(records_seen, options.model, prompts, prompt_format)
+    limits, of_context = _limits(longest, options.model)
     spare = sorted(keys - {*_used(format, fields)})
     text = TEXT.format(
         data=json.dumps(data),
         out=out,
-        count=len(records),
+        count=counted(len(records), "line"),
         looked_at=len(records_seen),
         name=out.stem,
         model=json.dumps(options.model) if options.model else "DIR",
         format=format,
         fields=f"\n  fields: {json.dumps(fields)}" if fields else "",
-        prompts="chat" if format == "messages" or _has_template(options.model) else "plain",
+        prompts=prompts,
         prompt_format=json.dumps(prompt_format),
-        prompt_tokens=tokens,
-        why_prompt_tokens=why,
+        prompt_tokens=limits[0],
+        why_prompt_tokens=f"the longest is about {longest} {how}",
+        completion_tokens=limits[1],
+        why_completion_tokens=of_context,
         columns=f"your own function can read these columns as parameters: {', '.join(spare)}"
         if spare
         else "the first is the verifier",
@@ -145,7 +153,7 @@ def _reward(records: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
         return own + "  # the file has no reference answers for a verifier", "{body}"
     numbers = sum(parsed_number(answer) is not None for answer in answers)
     if numbers >= 0.9 * len(answers):
-        return f"  - number_match             # {numbers} of {len(answers)} answers are numbers", boxed
+        return f"  - number_match             # numbers are {numbers} of {counted(len(answers), 'answer')}", boxed
     if any("\\" in answer for answer in answers):
         return "  - latex_match              # answers are LaTeX; needs pip install 'jaxrl_llm[math]'", boxed
     text = "  - exact_match              # the text between <a> and </a> is the answer"
@@ -159,17 +167,38 @@ def _has_template(model: str | None) -> bool:
     return template_source(Path(model), json_object(Path(model) / "tokenizer_config.json")) is not None
 
 
-def _prompt_tokens(records: Sequence[Mapping[str, Any]], model: str | None) -> tuple[int, str]:
-    """(max_prompt_tokens, how it was determined)."""
-    texts = [record["body"] for record in records]
-    if model and (Path(model) / "tokenizer.json").is_file():
-        from jaxrl_llm.data import load_tokenizer
+def _longest_prompt(
+    records: Sequence[Mapping[str, Any]], model: str | None, prompts: str, prompt_format: str
+) -> tuple[int, str]:
+    """(tokens of the longest prompt in its format and template, how they were counted)."""
+    if not model or not (Path(model) / "tokenizer.json").is_file():
+        added = len(prompt_format) - len("{body}")
+        longest = max(len(record["body"]) for record in records) + added
+        return longest // 3, "with prompt_format, assuming three characters per token, without a tokenizer"
+    from jaxrl_llm.data import load_tokenizer, with_chat, with_prompt_format
 
-        encode = load_tokenizer(Path(model)).encode
-        longest, what = max(len(encode(text)) for text in texts), "by the model's tokenizer"
-    else:
-        longest, what = (
-            max(len(text) for text in texts) // 3,
-            "assuming three characters per token, without a tokenizer",
-        )
-    return -(-(longest + 64) // 64) * 64, f"the longest is about {longest} {what}"
+    tokenizer = load_tokenizer(Path(model))
+    chat = prompts == "chat"
+    shaped = with_chat(tokenizer, format=prompt_format) if chat else with_prompt_format(tokenizer, prompt_format)
+
+    def plain_length(record: Mapping[str, Any]) -> int:
+        turns = record.get("messages", [{"content": record["body"]}])
+        return sum(len(tokenizer.encode(turn["content"])) for turn in turns)
+
+    # A template adds about the same to every prompt, and takes milliseconds each.
+    chosen = sorted(records, key=plain_length)[-_RENDERED:]
+    longest = max(len(shaped.prompt_ids(record)) for record in chosen)
+    return longest, f"with prompt_format{' and the chat template' if chat else ''}, by the model's tokenizer"
+
+
+def _limits(longest: int, model: str | None) -> tuple[tuple[int, int], str]:
+    """((max_prompt_tokens, max_completion_tokens), a comment on the second) that fit in the model's context."""
+    prompt, completion = -(-(longest + _SPARE) // _SPARE) * _SPARE, _COMPLETION
+    if model and (Path(model) / "config.json").is_file():
+        from jaxrl_llm.models.weights import longest_context
+
+        context = longest_context(Path(model))
+        if context is not None and prompt + completion > context:
+            prompt = min(prompt, max(longest, context // 2)) if longest < context else context // 2
+            return (prompt, context - prompt), f"   # the room in the model's context of {context} tokens"
+    return (prompt, completion), ""

@@ -8,6 +8,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
+from jaxrl_llm.bounds import counted
 from jaxrl_llm.commands.arguments import require_positive
 from jaxrl_llm.commands.tables import show
 from jaxrl_llm.reporting.mirror import changed_in_place
@@ -60,7 +61,7 @@ def prune_checkpoints(options: argparse.Namespace) -> None:
         good = integrity.newest_good(folder)
         assert good is not None  # there are some
         gone = tidying.prune(folder, keep=options.keep, keep_every_steps=options.keep_every, within=[good])
-    show(options, [{"deleted": step} for step in gone], f"{len(gone)} checkpoints deleted from {folder}")
+    show(options, [{"deleted": step} for step in gone], f"{counted(len(gone), 'checkpoint')} deleted from {folder}")
 
 
 def convert_checkpoint(options: argparse.Namespace) -> None:

@@ -22,7 +22,8 @@ class EvaluationConfig:
       sequences_per_batch: completions decoded together; null uses as many as fit on a device, at most 1152.
       grader: judges completions: number, text, math, choice, code, or your own module:function, see
         `jaxrl_llm.evaluation.function_grader`; None uses the task's verifier, or data.verifier for a file.
-      every_steps: steps between evaluations on the validation split; 0 evaluates only before and after.
+      every_steps: steps between evaluations on the validation split; 0 evaluates only before and after. The last step
+        of the run is left out, since the evaluation of the test split follows it.
       across_stages: after each stage, measure pass@1 on the validation problems of all stages; summary.json has the
         matrix and the forgetting.
     """

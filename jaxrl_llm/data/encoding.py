@@ -7,7 +7,8 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
-from jaxrl_llm.data.tasks.items import record
+from jaxrl_llm.bounds import counted
+from jaxrl_llm.data.tasks.items import named_item, record
 from jaxrl_llm.experience import Prompts
 
 Overlong = Literal["error", "drop"]
@@ -104,15 +105,16 @@ def encoded_rows(
             if len(tokens) > limit
         ]
         if excess:
-            first = first or f"item {item['item_id']} ({item['body'][:80]!r}) does not fit: {' and '.join(excess)}"
+            first = first or f"{named_item(item)} ({item['body'][:80]!r}) does not fit: {' and '.join(excess)}"
         dropped += bool(excess)
         longest = [max(length, len(tokens)) for length, tokens in zip(longest, row[1:], strict=True)]
         rows += [] if excess else [row]
     if dropped and overlong == "error":
         raise ValueError(
-            f"{first}; {dropped} of {dropped + len(rows)} do not fit; the longest prompt has {longest[0]} tokens and "
-            f"the longest {completion_name} {longest[1]}: raise the limit (in a config rollout.max_prompt_tokens or "
-            "rollout.max_completion_tokens), or set overlong (data.overlong_prompts) to 'drop' to leave such items out"
+            f"{first}; {dropped} of {counted(dropped + len(rows), 'item')} too long; the longest prompt has "
+            f"{longest[0]} tokens and the longest {completion_name} {longest[1]}: raise the limit (in a config "
+            "rollout.max_prompt_tokens or rollout.max_completion_tokens), or set overlong (data.overlong_prompts) to "
+            "'drop' to leave such items out"
         )
     if not rows:
         raise ValueError(
@@ -126,7 +128,7 @@ def _row(item: Record, tokenizer: Tokenizer, completion: Callable[[Record], list
     try:
         return Row(item, tokenizer.prompt_ids(item), completion(item))
     except ValueError as error:
-        raise ValueError(f"item {item['item_id']} ({item['body'][:80]!r}) cannot be encoded: {error}") from error
+        raise ValueError(f"{named_item(item)} ({item['body'][:80]!r}) cannot be encoded: {error}") from error
 
 
 def _records(source: Sequence[Any]) -> list[Record]:

@@ -11,6 +11,7 @@ from jaxtyping import Float
 
 from jaxrl_llm.data.row_files import row_objects
 from jaxrl_llm.data.splits import ProblemSet, with_made_column
+from jaxrl_llm.data.tasks.items import own_columns
 
 
 class Entry(NamedTuple):
@@ -104,7 +105,7 @@ def chooser(entries: Sequence[Entry], *, count: int, by: str) -> Callable[[Mappi
         ]
 
     def of_tag(item: Mapping[str, Any]) -> list[Entry]:
-        columns = {**item, **item.get("raw", {})}
+        columns = own_columns(item)
         if by not in columns:
             raise ValueError(f"data.handbook.by is {by!r}, which is not a column; columns are {sorted(columns)}")
         return [entry for entry in entries if entry.tag == str(columns[by])][:count]

@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from jaxrl_llm.bounds import shortened, shown
+from jaxrl_llm.bounds import counted, shortened, shown
 from jaxrl_llm.data.chat import FIXED_DATE, ChatTemplate, require_kept_history, template_source
 from jaxrl_llm.data.extras import imported
 from jaxrl_llm.data.json_files import json_object
@@ -184,8 +184,8 @@ def require_embedding(tokenizer: HuggingFaceTokenizer, rows: int) -> None:
         shown = ", ".join(f"{text!r} ({id})" for id, text in beyond[:3])
         raise ValueError(
             f"the tokenizer in {tokenizer.path} has ids up to {tokenizer.vocabulary_size - 1}, but the model's "
-            f"embedding has {rows} rows; {len(beyond)} tokens do not fit: {shown}; use the tokenizer that belongs to "
-            "the model, or enlarge the embedding"
+            f"embedding has {rows} rows, too few for {counted(len(beyond), 'token')}: {shown}; use the tokenizer that "
+            "belongs to the model, or enlarge the embedding"
         )
 
 

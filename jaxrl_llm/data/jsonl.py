@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from jaxrl_llm.bounds import shortened
+from jaxrl_llm.bounds import counted, shortened
 from jaxrl_llm.data.final_answer import after_hashes, in_last_box, marked_answer
 from jaxrl_llm.data.row_files import Row, rows_of
 from jaxrl_llm.data.row_templates import column_value
@@ -98,7 +98,7 @@ def fields_of(format: str, /, **changes: Any) -> Fields:
 
 
 # Keys of a record that the pipeline uses; a column of the file with such a name is only in `raw`.
-_READ_OF_RECORDS = frozenset({"body", "messages", "prefix", "item_id", "raw", "data_source"})
+_READ_OF_RECORDS = frozenset({"body", "messages", "prefix", "item_id", "raw", "row_of_file", "data_source"})
 
 
 def read_records(
@@ -115,15 +115,18 @@ def read_records(
       ValueError: for missing or empty data, and rows that cannot be used; names the rows.
     """
     rows, digest = rows_of(file)
-    records, problems = records_of(rows, fields, prepare)
+    records, problems = records_of(str(file), rows, fields, prepare)
     require_usable(str(file), records, problems)
     return records, digest
 
 
 def records_of(
-    rows: Sequence[Row], fields: Fields, prepare: Callable[[dict[str, Any]], Mapping[str, Any]] | None = None
+    path: str,
+    rows: Sequence[Row],
+    fields: Fields,
+    prepare: Callable[[dict[str, Any]], Mapping[str, Any]] | None = None,
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """(records, one message for each row that cannot be used)."""
+    """(records, one message for each row that cannot be used); `row_of_file` of a record names its row and `path`."""
     records, problems = [], []
     if (
         prepare is None
@@ -135,7 +138,8 @@ def records_of(
     for number, where, element in rows:
         try:
             prepared = prepare(element) if prepare is not None and isinstance(element, dict) else element
-            records.append(_with_columns(_record(prepared, fields), element, number - 1))
+            read = _record(prepared, fields) | {"row_of_file": f"{where} of {path}"}
+            records.append(_with_columns(read, element, number - 1))
         except ValueError as error:
             problems.append(f"{where}: {error}")
     return records, problems
@@ -150,8 +154,8 @@ def require_usable(path: str, records: Sequence[Any], problems: Sequence[str]) -
             *([f"and {more} more"] if more > 0 else []),
         ]
         raise ValueError(
-            f"{path} has {len(problems)} lines that cannot be used; repair them: {'; '.join(shown)} "
-            "(data.unusable=drop drops such lines)"
+            f"{path} has {counted(len(problems), 'line')} that cannot be used; repair "
+            f"{'it' if len(problems) == 1 else 'them'}: {'; '.join(shown)} (data.unusable=drop drops such lines)"
         )
     if not records:
         raise ValueError(f"data file {path} has no rows; give a file with at least one row")

@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
+from jaxrl_llm.bounds import counted
+
 Batch = TypeVar("Batch")
 
 
@@ -63,8 +65,8 @@ def shuffled_batches(
     require_positive(size_name, size)
     if len(rows) < size:
         raise ValueError(
-            f"{size_name} is {size}, but the source has only {len(rows)} items that fit; a step never has the same "
-            f"prompt twice, so lower {size_name} or generate more items"
+            f"{size_name} is {size}, but the source has only {counted(len(rows), 'item')} that fit; a step never has "
+            f"the same prompt twice, so lower {size_name} or generate more items"
         )
     import grain  # takes a while to import
 

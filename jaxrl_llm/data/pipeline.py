@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxrl_llm.bounds import counted
 from jaxrl_llm.data.buckets import bucket_of
 from jaxrl_llm.data.encoding import (
     Overlong,
@@ -25,7 +26,7 @@ from jaxrl_llm.data.encoding import (
     padded_prompts,
 )
 from jaxrl_llm.data.order import Batches, mixed_batches, require_positive, shuffled_batches
-from jaxrl_llm.data.tasks.items import Segment, reference_response
+from jaxrl_llm.data.tasks.items import Segment, named_item, reference_response
 from jaxrl_llm.experience import Prompts, Source
 
 
@@ -135,8 +136,8 @@ def prompt_batches(
         rows, dropped = kept, dropped + len(rows) - len(kept)
     if numbered and dropped:
         raise ValueError(
-            f"{dropped} prompts are too long and would be dropped, but data.selection needs all items; remove them "
-            "from the data, or raise the limits"
+            f"{counted(dropped, 'prompt')} would be dropped for length, but data.selection needs all items; remove "
+            "such prompts from the data, or raise the limits"
         )
     written: dict[int, Row] = {}
     if max_demonstration_tokens is not None:
@@ -229,7 +230,7 @@ def _in_other_words(
         text = row.item.get(column) or row.item.get("raw", {}).get(column)
         if not text:
             raise ValueError(
-                f"item {row.item['item_id']} ({row.item['body'][:80]!r}) has no {column!r}, which the step reads; add "
+                f"{named_item(row.item)} ({row.item['body'][:80]!r}) has no {column!r}, which the step reads; add "
                 "the column to the data, write it as a template (data.privileged), or choose a task that has it "
                 "(addition has paraphrases and scaffolds)"
             )

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+from jaxrl_llm.bounds import counted
 from jaxrl_llm.data.chat import ChatTemplate, Message, rewritten_turn
 
 Record = Mapping[str, Any]
@@ -55,7 +56,7 @@ class PlainPrompts:
         """Tokens of the prompt."""
         if "messages" in item:
             raise ValueError(
-                f"the record is a conversation of {len(item['messages'])} messages, which a plain prompt "
+                f"the record is a conversation of {counted(len(item['messages']), 'message')}, which a plain prompt "
                 "format does not support; use the chat template, or map a single prompt field"
             )
         return [*encoder.prefix_ids, *encoder.encode(formatted(self.format, item["body"], item))]

@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jaxrl_llm.bounds import counted
 from jaxrl_llm.data.extras import imported
 from jaxrl_llm.data.json_files import contents, elements, json_object, place
 
@@ -202,7 +203,8 @@ def _csv(file: Path, content: bytes) -> list[Row]:
         rows = []
         for cells in reader:
             if cells:
-                wrong = ValueError(f"{len(cells)} cells, but the first line has {len(names)} columns")
+                named = counted(len(names), "column")
+                wrong = ValueError(f"{counted(len(cells), 'cell')}, but the first line has {named}")
                 columns = dict(zip(names, cells, strict=True)) if len(cells) == len(names) else wrong
                 rows.append(Row(len(rows) + 1, f"line {reader.line_num}", columns))
         return rows

@@ -12,11 +12,12 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
+from jaxrl_llm.bounds import counted, there_are
 from jaxrl_llm.data.jsonl import Fields, records_of, require_usable
 from jaxrl_llm.data.prompts import PLACE, require_place
 from jaxrl_llm.data.row_files import SPLITS, Row, stored
 from jaxrl_llm.data.row_templates import holds, is_template, rendered
-from jaxrl_llm.data.tasks.items import split_of
+from jaxrl_llm.data.tasks.items import named_item, own_columns, split_of
 
 
 @dataclass(frozen=True)
@@ -45,9 +46,9 @@ class ProblemSet(Sequence[dict[str, Any]]):
 
     A record has `item_id` (number of its row, from 0), `body` (text of the prompt), `answer` and `response` (reference
     completion), "" if there is none, `messages` (the prompt's conversation, if the rows have one), the further columns
-    of the row by their names, `raw` (the unchanged row), in a mixture `data_source` (name of its source), `prefix`
-    (solved examples before the prompt, if there are any), and with several templates `template` (name of its template)
-    and `wording` (text of the template).
+    of the row by their names, `raw` (the unchanged row), `row_of_file` (its place, for messages), in a mixture
+    `data_source` (name of its source), `prefix` (solved examples before the prompt, if there are any), and with several
+    templates `template` (name of its template) and `wording` (text of the template).
 
     Attributes:
       path: of the data.
@@ -142,7 +143,7 @@ def _kept(
     path: str, rows: Sequence[Row], digest: str, fields: Fields, refining: Refining
 ) -> tuple[list[dict[str, Any]], str, dict[str, int]]:
     """(records of the used rows, hash of all rows, number of omitted rows by reason)."""
-    records, problems = records_of(rows, fields)
+    records, problems = records_of(path, rows, fields)
     if refining.unusable == "error":
         require_usable(path, records, problems)
     dropped = {"no readable prompt or answer": len(problems)} if problems else {}
@@ -150,14 +151,19 @@ def _kept(
         met = []
         for each in records:
             try:
-                if holds(condition, each | each["raw"]):
+                if holds(condition, _readable(each)):
                     met.append(each)
             except ValueError as error:
-                raise ValueError(f"row {each['item_id'] + 1} of {path}: the condition {error}") from None
+                raise ValueError(f"{named_item(each)}: the condition {error}") from None
         if len(met) < len(records):
             dropped[f"not {condition}"] = len(records) - len(met)
         records = met
     return records, digest, dropped
+
+
+def _readable(item: Mapping[str, Any]) -> dict[str, Any]:
+    """What conditions and templates can read of a record."""
+    return {name: item[name] for name in ("body", "answer", "response") if name in item} | own_columns(item)
 
 
 def _distinct(sets: dict[str, ProblemSet], refining: Refining) -> dict[str, ProblemSet]:
@@ -204,7 +210,7 @@ def _limited(sets: dict[str, ProblemSet], refining: Refining) -> dict[str, Probl
 def _require_disjoint(sets: Mapping[str, ProblemSet]) -> None:
     seen: dict[str, str] = {}
     for split in filter(sets.__contains__, SPLITS):
-        held = {prompt_key(item): _place(item, sets[split]) for item in sets[split].records}
+        held = {prompt_key(item): f"{_place(item)} ({split})" for item in sets[split].records}
         for key in held.keys() & seen.keys():
             raise ValueError(
                 f"the prompt {key[:80]!r} is in {seen[key]} and in {held[key]}; splits must not overlap: remove it "
@@ -213,9 +219,9 @@ def _require_disjoint(sets: Mapping[str, ProblemSet]) -> None:
         seen |= held
 
 
-def _place(item: Mapping[str, Any], of: ProblemSet) -> str:
-    where = f"source {item['data_source']}" if "data_source" in item else f"line {item['item_id'] + 1} of {of.path}"
-    return f"{where} ({of.split})"
+def _place(item: Mapping[str, Any]) -> str:
+    source = item.get("data_source")
+    return named_item(item) if source is None else f"{named_item(item)} in source {source}"
 
 
 def mixture(
@@ -270,7 +276,7 @@ def with_examples(
     """
     of = list(sets["train"] if given is None else given)
     if len(of) < count + (given is None):
-        raise ValueError(f"data.few_shot.examples is {count}, but there are only {len(of)} problems to take them from")
+        raise ValueError(f"data.few_shot.examples is {count}, but {there_are(len(of), 'problem')} to take them from")
     if given is None:
         of.sort(key=lambda each: hashlib.sha256(prompt_key(each).encode()).digest())
     prefix, keys, found = "".join(map(shown, of[:count])), {prompt_key(each) for each in of[:count]}, {}
@@ -278,7 +284,8 @@ def with_examples(
         records = tuple({**each, "prefix": prefix} for each in one if prompt_key(each) not in keys)
         gone = len(one) - len(records)
         if gone and split != "train":
-            raise ValueError(f"{gone} problems of the {split} split are among the examples of data.few_shot.path")
+            shown_too = counted(gone, "problem")
+            raise ValueError(f"data.few_shot.path has {shown_too} of the {split} split; take other examples")
         known: Any = one
         dropped = dict(getattr(one, "dropped", {})) | ({"shown as an example": gone} if gone else {})
         fingerprint = hashlib.sha256(f"{known.fingerprint} {prefix}".encode()).hexdigest()
@@ -312,7 +319,7 @@ def with_templates(sets: Mapping[str, Sequence[dict[str, Any]]], templates: Mapp
             for place, name in enumerate(names):
                 own = {"item_id": each["item_id"] * len(templates) + place, "template": name}
                 text = templates[name]
-                wording = rendered(text, {**each, **each.get("raw", {})}) if is_template(text) else text
+                wording = rendered(text, _readable(each)) if is_template(text) else text
                 own |= {"wording": wording} | ({} if sources else {"data_source": name})
                 records.append({**each, **own})
         fingerprint = hashlib.sha256(f"{known.fingerprint} {json.dumps(list(templates.items()))}".encode()).hexdigest()
@@ -341,7 +348,7 @@ def with_column(
         require_place(f"data.{name}", text)
 
     def made(each: Mapping[str, Any]) -> str:
-        own = rendered(text, {**each, **each.get("raw", {})}) if is_template(text) else text
+        own = rendered(text, _readable(each)) if is_template(text) else text
         return own.replace(PLACE, each["body"])
 
     return with_made_column(sets, name, made, text)

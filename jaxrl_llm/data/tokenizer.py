@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from jaxrl_llm.bounds import counted
 from jaxrl_llm.data.prompts import PLACE, formatted
 
 CONTROLS = (
@@ -97,7 +98,7 @@ class CharacterTokenizer:
           ValueError: for a conversation, which needs a chat template.
         """
         if "messages" in item:
-            raise ValueError(f"a conversation of {len(item['messages'])} messages needs a chat template")
+            raise ValueError(f"a conversation of {counted(len(item['messages']), 'message')} needs a chat template")
         return [self.bos_id, *self.encode(formatted(PLACE, item["body"], item) + "\n")]
 
     def completion_ids(self, item: Mapping[str, Any], text: str) -> list[int]:

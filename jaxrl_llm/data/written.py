@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from jaxrl_llm.bounds import shown
+from jaxrl_llm.bounds import counted, shown
 from jaxrl_llm.data.encoding import Tokenizer
 from jaxrl_llm.data.judged_rows import READERS, Asked, Judged, Kind, Tie, named
 from jaxrl_llm.data.order import Batches, shuffled_batches
@@ -108,7 +108,8 @@ def judged_groups(
         groups.append([row._replace(where=where, reference=one) for row, one in zip(rows, said, strict=True)])
     if not groups:
         raise ValueError(
-            f"{path} has {len(objects)} rows, which were all dropped ({' and '.join(dropped)}); add usable rows"
+            f"{path} has {counted(len(objects), 'row')}, of which none is usable ({' and '.join(dropped)}); "
+            "add usable rows"
         )
     most = max(map(len, groups))
     nothing = Judged("", "", {"rank": -1.0, "weight": 0.0})

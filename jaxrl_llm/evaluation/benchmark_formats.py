@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from jaxrl_llm.data.final_answer import marked_answer
 from jaxrl_llm.data.jsonl import Fields, fields_of, read_records
-from jaxrl_llm.data.tasks.items import answered
+from jaxrl_llm.data.tasks.items import answered, named_item
 from jaxrl_llm.evaluation.grading import Grader, file_grader
 from jaxrl_llm.rewards import latex_match
 from jaxrl_llm.rewards.verifiers.unit_tests import code_of, recorded_tests, unit_tests
@@ -72,7 +72,7 @@ def benchmark_grader(name: str, records: list[dict]) -> Grader:
     if name in ("code", "code_unisolated"):
         if lacking := [each for each in records if not recorded_tests(each)]:
             raise ValueError(
-                f"item {lacking[0]['item_id']} has no unit tests; grader {name} reads `test`, `test_list`, "
+                f"{named_item(lacking[0])} has no unit tests; grader {name} reads `test`, `test_list`, "
                 "`test_cases` or `input_output`"
             )
         if name == "code":

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxrl_llm.bounds import counted
 from jaxrl_llm.evaluation.intervals import mean_intervals, sign_test
 from jaxrl_llm.evaluation.measures import Record, Values, accuracies, reward_means, spread
 
@@ -99,7 +100,8 @@ def forgetting(history: Sequence[Mapping[str, float]]) -> float:
     Certainty: recalled
     """
     if len(history) < 2:
-        raise ValueError(f"history has {len(history)} checkpoints; forgetting compares the last with those before it")
+        held = counted(len(history), "checkpoint")
+        raise ValueError(f"history has {held}; forgetting compares the last with those before it")
     tasks = history[-1].keys()
     if other := next((each for each in history if each.keys() != tasks), None):
         raise ValueError(f"one checkpoint has the tasks {sorted(other)} and the last {sorted(tasks)}; use the same")
@@ -146,8 +148,8 @@ def _paired(first: Sequence[Record], second: Sequence[Record]) -> tuple[list[Rec
     other = {record["item_id"]: record for record in second}
     if len(first) != len(second):
         raise ValueError(
-            f"the evaluations have {len(first)} and {len(second)} problems and cannot be compared; evaluate both on "
-            "the same problems (the same --data or --split, and --problems)"
+            f"the evaluations have {len(first)} and {counted(len(second), 'problem')} and cannot be compared; "
+            "evaluate both on the same problems (the same --data or --split, and --problems)"
         )
     for record in first:
         same = other.get(record["item_id"])

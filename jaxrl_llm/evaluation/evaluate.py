@@ -11,9 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
+from jaxrl_llm.bounds import there_are
 from jaxrl_llm.data import evaluation_batches
 from jaxrl_llm.data.buckets import buckets
 from jaxrl_llm.data.encoding import Tokenizer
+from jaxrl_llm.data.tasks.items import named_item, own_columns
 from jaxrl_llm.evaluation.grading import Grade, Grader
 from jaxrl_llm.evaluation.measures import accuracies, episode_means
 from jaxrl_llm.experience import Experience, Prompts, without_end
@@ -87,6 +89,8 @@ def make_records(
 ) -> Callable[..., Iterator[list[dict[str, Any]]]]:
     """Build records(params, items, key, done=0) -> lists of records, one list per batch; see `measures` for a record.
 
+    If a grader or a reward fails, the records that were graded before are yielded, and then its error is raised.
+
     Args:
       model, grade, tokenizer: the policy, the grader, and the tokenizer.
       samples_per_problem: completions at `temperature`, after a greedy one in the same program.
@@ -105,7 +109,7 @@ def make_records(
       answers_encoded: encode reference answers as tokens, for environments and some rewards. False for users' data,
         whose answers may be any text.
 
-    The iterator skips the first `done` batches, to continue an interrupted evaluation.
+    The iterator skips the first `done` problems, to continue an interrupted evaluation.
     """
     rows, rewards = 1 + samples_per_problem, dict(rewards or {})
     in_program = {name: function for name, function in rewards.items() if not on_host(function)}
@@ -129,17 +133,28 @@ def make_records(
             ready = call
             if isinstance(environment, HostEnvironment) and ready is None:
                 ready = stack.enter_context(opened(environment))
-            for batch in batches[done:]:
+            first, known = divmod(done, problems_per_batch(samples_per_problem, sequences_per_batch))
+            for batch in batches[first:]:
+                places = np.flatnonzero(batch.weight)[known:]
+                known = 0
+                if not len(places):
+                    continue
                 placed = batch._replace(prompts=hosts.placed_rows(batch.prompts, mesh, rules))
                 python = isinstance(environment, HostEnvironment)
                 inputs = (placed, key, ready) if python else (placed.prompts, placed.weight, key)
                 drawn = Drawn(*hosts.host_copy(tuple(decode(params, *inputs))))
                 of = [given.get(item["item_id"], item) | {"item_id": item["item_id"]} for item in batch.items]
-                yield graded(batch, of, drawn)
+                found: list[dict[str, Any]] = []
+                try:
+                    found.extend(graded(batch, of, drawn, places))
+                except (Exception, KeyboardInterrupt):
+                    if found:
+                        yield found
+                    raise
+                yield found
 
-    def graded(batch: Any, items: list[dict[str, Any]], drawn: Drawn) -> list[dict[str, Any]]:
-        found = []
-        for index in np.flatnonzero(batch.weight):
+    def graded(batch: Any, items: list[dict[str, Any]], drawn: Drawn, places: Any) -> Iterator[dict[str, Any]]:
+        for index in places:
             item, own = items[index], range(index * rows, (index + 1) * rows)
             ids = [drawn.tokens[row][: drawn.length[row]].tolist() for row in own]
             texts = [tokenizer.decode(without_end(each, tokenizer.eos_ids)) for each in ids]
@@ -155,8 +170,7 @@ def make_records(
             entry["columns"] = {name: column(item, name) for name in columns}
             if drawn.episodes:
                 entry["episodes"] = {name: [float(p[index]) for p in pair] for name, pair in drawn.episodes.items()}
-            found.append(entry | {"greedy": samples[0], "samples": samples[1:]})
-        return found
+            yield entry | {"greedy": samples[0], "samples": samples[1:]}
 
     return records
 
@@ -222,7 +236,7 @@ def require_k(k: Sequence[int], samples: int) -> None:
     if not k or min(k) < 1:
         raise ValueError(f"k is {list(k)}; give numbers of at least 1")
     if max(k) > samples:
-        raise ValueError(f"k is {list(k)}, but there are {samples} samples a problem; k must not exceed them")
+        raise ValueError(f"k is {list(k)}, but {there_are(samples, 'sample')} a problem; k must not exceed that number")
 
 
 def problems_per_batch(samples_per_problem: int, sequences_per_batch: int) -> int:
@@ -236,13 +250,12 @@ def column(item: Mapping[str, Any], name: str) -> Any:
     Raises:
       ValueError: for a missing column, or a value other than a number, text or boolean.
     """
-    raw = item.get("raw", {})
-    value = raw[name] if name in raw else item.get(name)
-    if not isinstance(value, str | int | float | bool):
-        known = [n for n, v in {**item, **raw}.items() if isinstance(v, str | int | float | bool)]
+    columns = own_columns(item)
+    if not isinstance(value := columns.get(name), str | int | float | bool):
+        known = sorted(each for each, held in columns.items() if isinstance(held, str | int | float | bool))
         raise ValueError(
-            f"item {item.get('item_id', 0)} has no column {name!r} that holds a number or a text; there are "
-            f"{', '.join(sorted(known))}"
+            f"{named_item(item)} has no column {name!r} that holds a number or a text; there are "
+            f"{', '.join(known) or 'none'}"
         )
     return value
 

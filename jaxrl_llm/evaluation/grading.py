@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
 from jaxrl_llm.data import Item, Task
 from jaxrl_llm.data.final_answer import marked_answer
+from jaxrl_llm.data.tasks.items import defaults_of, named_item, own_columns
 from jaxrl_llm.rewards import extract_number, parsed_number
 
 # (record, completion) -> `Grade`, or its first two entries. Every right answer votes for the reference answer, so that
@@ -114,7 +115,7 @@ def function_grader(function: Callable[..., Any], *, name: str = "") -> Grader:
             return _grade(value, record)
         except Exception as error:
             raise GraderError(
-                f"grader {called!r} failed at item {record.get('item_id', 0)} ({str(record.get('body'))[:60]!r}) with "
+                f"grader {called!r} failed at {named_item(record)} ({str(record.get('body'))[:60]!r}) with "
                 f"{type(error).__name__}: {error}; the completion was {completion[:80]!r}. Catch the case in the "
                 "function, and return the grade that such a completion should get"
             ) from error
@@ -125,7 +126,8 @@ def function_grader(function: Callable[..., Any], *, name: str = "") -> Grader:
 def grader_arguments(record: Mapping[str, Any], completion: str) -> dict[str, Any]:
     """The data that a user's grader can read."""
     single = {"completion": completion, "answer": record["answer"], "prompt": record["body"], "item": dict(record)}
-    return {**record, **record.get("raw", {}), **single} | {f"{key}s": [value] for key, value in single.items()}
+    own = {name: value for name, value in record.items() if name not in defaults_of(record)}
+    return {**own, **record.get("raw", {}), **single} | {f"{key}s": [value] for key, value in single.items()}
 
 
 def require_columns(function: Callable[..., Any], records: Iterable[Mapping[str, Any]], name: str) -> None:
@@ -143,13 +145,10 @@ def require_columns(function: Callable[..., Any], records: Iterable[Mapping[str,
         given = grader_arguments(record, "")
         if missing := [each for each in wanted if each not in given]:
             raise ValueError(
-                f"grader {name!r} names {missing[0]!r}, but item {record['item_id']} of the data has only "
-                f"{', '.join(sorted(_columns(record)))}; name one of these, or completion, answer, prompt, item"
+                f"grader {name!r} names {missing[0]!r}, but {named_item(record)} has only the columns "
+                f"{', '.join(sorted(own_columns(record))) or 'none'}; name one of these, or completion, answer, "
+                "prompt, item"
             )
-
-
-def _columns(record: Mapping[str, Any]) -> Collection[str]:
-    return {*record, *record.get("raw", {})} - {"body", "raw", "item_id", "think", "domain", "task", "response"}
 
 
 async def _awaited(value: Any) -> Any:
@@ -195,7 +194,7 @@ def file_grader(verifier: Verifier, records: Iterable[Mapping[str, Any]]) -> Gra
     for record in records:
         if parsed_number(record["answer"]) is None:
             raise ValueError(
-                f"data.verifier is 'number', but the answer of item {record['item_id']} is "
+                f"data.verifier is 'number', but the answer of {named_item(record)} is "
                 f"{record['answer'][:80]!r}, which is not a number; set data.verifier to 'text', or "
                 "data.fields.answer_from to the mark of the number"
             )

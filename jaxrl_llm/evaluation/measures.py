@@ -70,7 +70,8 @@ def reward_means(records: Sequence[Record], k: int) -> Values:
     Samples to which a reward does not apply are left out of the mean, and rank last among the best of k.
     """
     found: Values = {}
-    for name in records[0]["samples"][0].get("rewards", {}):
+    known = [each.get("rewards", {}).keys() for record in records for each in record["samples"]]
+    for name in (each for each in known[0] if all(each in names for names in known)):
         values = [[each["rewards"][name] for each in record["samples"]] for record in records]
         found[f"reward/{name}"] = np.asarray([_mean([v for v in row if v is not None]) for row in values])
         lowest = min((v for row in values for v in row if v is not None), default=0.0) - 1.0

@@ -50,11 +50,10 @@ class RecordFile:
                 f"{wanted.get(name)!r}; give another directory, or the same settings to go on with it"
             )
 
-    def kept(self, per_batch: int) -> list[dict[str, Any]]:
-        """Existing records of complete batches; incomplete ones are removed."""
+    def kept(self) -> list[dict[str, Any]]:
+        """Existing records; an incomplete last line is removed."""
         file = self.directory / PROBLEMS
-        lines = file.read_bytes().split(b"\n")[:-1] if file.is_file() else []
-        whole = lines if (self.directory / SUMMARY).is_file() else lines[: len(lines) // per_batch * per_batch]
+        whole = file.read_bytes().split(b"\n")[:-1] if file.is_file() else []
         file.write_bytes(b"".join(line + b"\n" for line in whole))
         return [json.loads(line) for line in whole]
 
@@ -65,6 +64,14 @@ class RecordFile:
     def summarise(self, summary: Mapping[str, Any]) -> None:
         """Write the numbers."""
         (self.directory / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
+
+
+def stored_samples(directory: str | Path) -> int | None:
+    """Samples per problem of the evaluation in a directory; None if there is none."""
+    try:
+        return int(json.loads((Path(directory) / SETTINGS).read_text())["samples"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # reported when the directory is opened
 
 
 def fresh_records(directory: str | Path) -> Callable[[Sequence[Mapping[str, Any]]], None]:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
+from jaxrl_llm.bounds import counted
 from jaxrl_llm.ranges import Range, Share, ShareBelowOne, ranged
 
 
@@ -240,5 +241,6 @@ def _paths(trees: Sequence[PyTree]) -> list[list[Any]]:
 def _numbers(name: str, given: Sequence[float] | None, trees: Sequence[PyTree]) -> list[float]:
     numbers = [1.0] * len(trees) if given is None else [float(number) for number in given]
     if len(numbers) != len(trees) or not trees:
-        raise ValueError(f"{name} has {len(numbers)} numbers for {len(trees)} models; give one per model")
+        held = counted(len(numbers), "number")
+        raise ValueError(f"{name} has {held} for {counted(len(trees), 'model')}; give one per model")
     return numbers

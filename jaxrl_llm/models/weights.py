@@ -87,6 +87,17 @@ def load_config(directory: str | Path, *, scores: bool = False, **execution: Any
     return config
 
 
+def longest_context(directory: str | Path) -> int | None:
+    """Tokens of the longest sequence that a checkpoint directory is made for: the context length of its config.json, or
+    the one that scaled rotary angles reach, whichever is larger; None if it names none."""
+    config = read_json(Path(directory) / "config.json")
+    config = config.get("text_config") or config
+    stretched = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    factor, original = stretched.get("factor"), stretched.get("original_max_position_embeddings")
+    reached = int(factor * original) if factor and original else 0
+    return max(config.get("max_position_embeddings") or 0, reached) or None
+
+
 def load_params(
     directory: str | Path,
     config: TransformerConfig,

@@ -12,6 +12,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import PyTree
 
+from jaxrl_llm.bounds import there_are
 from jaxrl_llm.parallel.rules import AXES, RULES, Rules, constrain_rows, layout
 
 # Names of the fields of section mesh where they differ from the axes'.
@@ -83,7 +84,7 @@ def axis_product_error(sizes: Mapping[str, int], count: int) -> str | None:
     if product == count:
         return None
     given = " x ".join(f"mesh.{_FIELDS.get(axis, axis)} {size}" for axis, size in sizes.items())
-    return f"{given} is {product}, but there are {count} devices; {_way_out(sizes, count)}"
+    return f"{given} is {product}, but {there_are(count, 'device')}; {_way_out(sizes, count)}"
 
 
 def _devices(devices: int | Sequence[Any] | None) -> list[Any]:

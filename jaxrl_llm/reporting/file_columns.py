@@ -19,6 +19,10 @@ COMPLETION = {
     "rewards": "each reward by its name",
     "reference_logprob": "the same sum under the reference; with `--reference`",
 }
+# What a page says of a file before its keys.
+NOTES: Mapping[str, str] = {
+    "samples.jsonl": "Empty if no stage samples, or if `reporting.samples_every_steps` is 0.",
+}
 FILES: Mapping[str, Mapping[str, str]] = {
     "samples.jsonl": {
         "step": "global step, counted over all stages",
@@ -56,7 +60,7 @@ FILES: Mapping[str, Mapping[str, str]] = {
         "item_id": "index of the problem in its data",
         "prompt": "text of the prompt",
         "answer": "reference answer",
-        "columns": "values of the columns of `--by`",
+        "columns": "values of the columns of `--by` when it was written",
         "episodes": "[value, count] of each metric of its episodes; in conversations",
         "greedy": "the most likely completion",
         "samples": "the sampled completions",

@@ -19,6 +19,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+_ACCURACY = re.compile(r"(greedy|pass|maj|cons)(?:@(\d+|n))?")
+
 
 class Column(NamedTuple):
     """One number of the display: the metric `name`, if it is present, with this label and format."""
@@ -124,6 +126,14 @@ class Progress:
     def message(self, text: str) -> None:
         """Print a line above the display."""
         self.console.print(Text(text), soft_wrap=True)
+
+    def validation(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Print the accuracies of an evaluation on the validation split after a step; nothing if there are none."""
+        named = {name.removeprefix("validation/"): value for name, value in metrics.items()}
+        shown = sorted((_place(name), value) for name, value in named.items() if _ACCURACY.fullmatch(name))
+        if shown:
+            numbers = ", ".join(f"{name} {value:.1%}" for (*_, name), value in shown)
+            self.message(f"{self.stage} {step}/{self.total}  validation: {numbers}")
 
     def steps_per_second(self) -> float | None:
         """Steps per second over the last minute; None before the second update."""
@@ -263,7 +273,7 @@ def units_table(rows: Iterable[tuple[str, int | float | str, str]]) -> Table:
 
 def _place(name: str) -> tuple[int, int, str]:
     kinds = ("greedy", "pass", "maj", "cons")
-    match = re.fullmatch(r"(greedy|pass|maj|cons)(?:@(\d+|n))?", name)
+    match = _ACCURACY.fullmatch(name)
     if match is None:
         return len(kinds), 0, name
     k = match.group(2) or "0"

@@ -16,6 +16,7 @@ from jaxrl_llm.evaluation import Grader, benchmark_grader, file_grader, function
 from jaxrl_llm.evaluation.grading import require_columns
 from jaxrl_llm.experience import Prompts
 from jaxrl_llm.fields import PROMPT_COLUMNS
+from jaxrl_llm.run.policy_parts import PolicyParts
 from jaxrl_llm.run.recipes import user_function
 from jaxrl_llm.run.setup import Parts
 
@@ -34,7 +35,7 @@ def prompt_widths(config: Config) -> tuple[int, ...]:
     return tuple(sorted({*(rollout.prompt_buckets or ()), rollout.max_prompt_tokens}))
 
 
-def grader(parts: Parts, *held_out: DataSet | ProblemSet) -> Grader:
+def grader(parts: PolicyParts, *held_out: DataSet | ProblemSet) -> Grader:
     """The grader of evaluations for these sets.
 
     Raises:

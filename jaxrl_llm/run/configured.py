@@ -15,7 +15,7 @@ import pydantic
 from jaxtyping import PyTree
 
 from jaxrl_llm import advantages, losses, rewards, schedules
-from jaxrl_llm.bounds import shown
+from jaxrl_llm.bounds import counted, shown
 from jaxrl_llm.config import OF_ENVIRONMENTS, EngineConfig, NetworkConfig
 from jaxrl_llm.data import CharacterTokenizer, Task, Tokenizer, load_tokenizer
 from jaxrl_llm.endpoints import Endpoint
@@ -209,7 +209,7 @@ def require_tokens_of_policy(paths: Mapping[str, Path], tokenizer: Tokenizer) ->
         kin = hasattr(tokenizer, "backend") == hasattr(theirs, "backend")
         differing = [text for text, number in ours.items() if others.get(text) != number] if kin else []
         if differing or not kin:
-            such = f" ({len(differing)} tokens have other ids, such as {differing[0]!r})" if differing else ""
+            such = f" (other ids of {counted(len(differing), 'token')}, such as {differing[0]!r})" if differing else ""
             raise ValueError(
                 f"networks.{name}.path is {str(directory)!r}, whose tokenizer differs from the policy's{such}, but "
                 "networks receive token ids; use a model with the policy's tokenizer, or score text with your own "

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from jaxrl_llm.bounds import counted
 from jaxrl_llm.config import Config, ConfigError, StopWhenConfig
 from jaxrl_llm.evaluation import COUNTED
 from jaxrl_llm.fields import nearest
@@ -58,9 +59,10 @@ def note(meta: dict[str, Any], stage: str, rule: StopWhenConfig | None, step: in
     after = meta[KEPT][stage] = reading(before, rule, step, shown[rule.metric])
     if "decided" in before or "decided" not in after:
         return ""
+    best = step_name(after["best_step"], stage, meta.get("steps_before", 0))
     return (
-        f"the {stage} ends with the next step: {rule.metric} has not improved on {after['best']:.4g}, at "
-        f"{step_name(after['best_step'], stage, meta.get('steps_before', 0))}, for {after['readings']} values"
+        f"the {stage} ends with the next step: {rule.metric} has not improved on {after['best']:.4g}, at {best}, for "
+        f"{counted(after['readings'], 'value')}"
     )
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,8 +11,9 @@ from typing import Any, NamedTuple
 from jaxtyping import PyTree
 
 from jaxrl_llm import data
+from jaxrl_llm.bounds import counted
 from jaxrl_llm.config import ConfigError
-from jaxrl_llm.data.tasks.items import record
+from jaxrl_llm.data.tasks.items import own_columns, record
 from jaxrl_llm.evaluation import Grader, make_records, make_score, task_grader
 from jaxrl_llm.evaluation.benchmark_formats import GRADERS, read_problems
 from jaxrl_llm.evaluation.evaluate import column
@@ -19,18 +21,22 @@ from jaxrl_llm.evaluation.suites import Evaluation
 from jaxrl_llm.experience import FACTS, Method
 from jaxrl_llm.fields import TEXT
 from jaxrl_llm.models.mixture import value_guided
+from jaxrl_llm.rollout.host_calls import Caller
+from jaxrl_llm.rollout.host_environments import HostEnvironment, opened
 from jaxrl_llm.run import checkpoints
 from jaxrl_llm.run.batches import grader as run_grader
 from jaxrl_llm.run.batches import named_grader
-from jaxrl_llm.run.configured import configured_environment
+from jaxrl_llm.run.configured import AnyEnvironment, configured_environment
 from jaxrl_llm.run.directories import at_hand, is_run
 from jaxrl_llm.run.evaluation_batch import fitting_batch
+from jaxrl_llm.run.policy_parts import PolicyParts
 from jaxrl_llm.run.problems import data_sets
-from jaxrl_llm.run.recipes import reward_terms
+from jaxrl_llm.run.recipes import ModuleMissing, entry_of, reward_terms
 from jaxrl_llm.run.restored import Policy, checkpoint_params, restored_network, restored_policy, restored_run
-from jaxrl_llm.run.setup import Parts
+from jaxrl_llm.run.setup import run_sizes
 from jaxrl_llm.run.stages import spread
 from jaxrl_llm.signatures import missing
+from jaxrl_llm.terms import Reward
 from jaxrl_llm.training import Placement
 from jaxrl_llm.training.networks import backbone_of
 from jaxrl_llm.training.reading import columns_of
@@ -44,15 +50,19 @@ class Evaluated(NamedTuple):
 
     Attributes:
       policy: the model with the parameters of its newest (or the named) checkpoint.
-      built: the parts of its run; None for a model directory.
+      built: the policy of its run; None for a model directory.
       checkpoints: (label, function that reads the parameters) of all evaluated checkpoints.
       guidance: settings of value guidance (`guided`), as plain data.
+      environment: of the run's conversations, if its own problems are evaluated (`with_environment`).
+      call: calls the functions of an environment in Python.
     """
 
     policy: Policy
-    built: Parts | None
+    built: PolicyParts | None
     checkpoints: list[tuple[str, Callable[[], PyTree]]]
     guidance: Mapping[str, Any] = {}
+    environment: AnyEnvironment | None = None
+    call: Caller | None = None
 
 
 class Prepared(NamedTuple):
@@ -62,13 +72,13 @@ class Prepared(NamedTuple):
       items: the problems.
       records: see `make_records`.
       settings: plain data that determines the samples.
-      sequences_per_batch: completions decoded together.
+      notes: what is not measured, and why.
     """
 
     items: list[dict[str, Any]]
     records: Callable[..., Iterator[list[dict[str, Any]]]]
     settings: dict[str, Any]
-    sequences_per_batch: int
+    notes: tuple[str, ...] = ()
 
 
 def evaluated(path: str, *, every: bool = False, chat: bool = False) -> Evaluated:
@@ -95,6 +105,24 @@ def evaluated(path: str, *, every: bool = False, chat: bool = False) -> Evaluate
         raise ConfigError(f"--all evaluates the checkpoints of a run, but {path} is not a run; leave --all out")
     policy = restored_policy(path, chat=chat)
     return Evaluated(policy, None, [("model", lambda: policy.params)])
+
+
+@contextmanager
+def with_environment(of: Evaluated, evaluations: Iterable[Evaluation]) -> Iterator[Evaluated]:
+    """A context with the environment of the run, if one of the evaluations is on the run's own problems."""
+    built, environment = of.built, None
+    sources = [] if built is None else [entry_of(entry, "source")[0] for entry in built.config.source]
+    if built is not None and "sampler" in sources and any(_own_problems(one) for one in evaluations):
+        environment = configured_environment(built.config.environment or {}, built.task, built.tokenizer)
+    if not isinstance(environment, HostEnvironment):
+        yield of._replace(environment=environment)
+        return
+    with opened(environment) as call:
+        yield of._replace(environment=environment, call=call)
+
+
+def _own_problems(one: Evaluation) -> bool:
+    return one.data is None and one.task is None
 
 
 def guided(of: Evaluated, path: str, network: str, *, strength: float, candidates: int) -> Evaluated:
@@ -149,8 +177,8 @@ def prepared(one: Evaluation, of: Evaluated, *, reference: str | None = None, ba
     items, grade, task = _problems(one, built)
     if one.prompt_format != "{body}":
         items = [_formatted(item, one.prompt_format) for item in items]
-    own = one.data is None and one.task is None
-    environment = built.environment if own and built is not None else None
+    own = _own_problems(one)
+    environment = of.environment if own else None
     if task is not None:
         environment = configured_environment({}, task, policy.tokenizer)
     if reference is not None and environment is not None:
@@ -160,7 +188,8 @@ def prepared(one: Evaluation, of: Evaluated, *, reference: str | None = None, ba
             column(item, name)
     temperature = one.temperature or (config.evaluation.temperature if config is not None else 1.0)
     limits = _limits(one, policy)
-    place = Placement() if built is None else built.step.composition.resources.placement
+    place = Placement() if built is None else built.placement
+    rewards, notes = _rewards(one, built, items)
     size = batch or (config.evaluation.sequences_per_batch if config is not None else None)
     size = size or fitting_batch(
         policy.model,
@@ -182,8 +211,8 @@ def prepared(one: Evaluation, of: Evaluated, *, reference: str | None = None, ba
         temperature=temperature,
         overlong=config.data.overlong_prompts if config is not None and own else "error",
         environment=environment,
-        call=built.call if built is not None and own else None,
-        rewards=_rewards(one, built, items),
+        call=of.call if own else None,
+        rewards=rewards,
         reference=None if reference is None else _scored(reference, policy, temperature),
         columns=one.by,
         answers_encoded=one.data is None,
@@ -191,15 +220,15 @@ def prepared(one: Evaluation, of: Evaluated, *, reference: str | None = None, ba
         rules=place.rules,
         gather=place.gather_for_rollout,
     )
-    ignored = {"k", "problems", "samples"}
+    ignored = {"k", "problems", "samples", "by"}
     settings = {name: value for name, value in asdict(one).items() if name not in ignored}
     settings |= {"samples": one.samples_per_problem, "temperature": temperature, "reference": reference}
     settings |= of.guidance
     settings |= {"max_prompt_tokens": limits[0], "max_completion_tokens": limits[1], "sequences_per_batch": size}
-    return Prepared(items, records, settings, size)
+    return Prepared(items, records, settings, notes)
 
 
-def _problems(one: Evaluation, built: Parts | None) -> tuple[list[dict[str, Any]], Grader, Any]:
+def _problems(one: Evaluation, built: PolicyParts | None) -> tuple[list[dict[str, Any]], Grader, Any]:
     """(problems, grader, the built-in task, or None for problems of a file or a run)."""
     task, default = None, one.grader
     if one.data is not None:
@@ -219,7 +248,7 @@ def _problems(one: Evaluation, built: Parts | None) -> tuple[list[dict[str, Any]
         source = data_sets(built.config, [one.split])[one.split]
         wanted = one.problems or min(built.config.evaluation.problems, len(source))
         if wanted > len(source):
-            raise ValueError(f"--problems is {wanted}, but the {one.split} split has {len(source)} problems")
+            raise ValueError(f"--problems is {wanted}, but the {one.split} split has {counted(len(source), 'problem')}")
         items = [record(source[int(i)], int(i)) for i in spread(len(source), wanted)]
         if one.grader is None:
             return items, run_grader(built, source), None
@@ -229,7 +258,7 @@ def _problems(one: Evaluation, built: Parts | None) -> tuple[list[dict[str, Any]
         )
     if one.data is not None and one.problems is not None:
         if one.problems > len(items):
-            raise ValueError(f"--problems is {one.problems}, but {one.data} has {len(items)} problems")
+            raise ValueError(f"--problems is {one.problems}, but {one.data} has {counted(len(items), 'problem')}")
         items = [items[i] for i in spread(len(items), one.problems)]
     if task is not None and default is None:
         return items, task_grader(task), task
@@ -251,13 +280,22 @@ def _limits(one: Evaluation, policy: Policy) -> tuple[int, int]:
             f"completions of {completion} tokens leave no room for a prompt in the model's context of "
             f"{policy.context_tokens} tokens; set --max-tokens lower"
         )
+    if room is not None and (one.max_prompt_tokens or 0) > room:
+        raise ValueError(
+            f"--max-prompt-tokens is {one.max_prompt_tokens}, but completions of {completion} tokens leave room for "
+            f"{room} in the model's context of {policy.context_tokens} tokens; lower one of the two"
+        )
     return one.max_prompt_tokens or policy.max_prompt_tokens or min(room or 1024, 1024), completion
 
 
-def _rewards(one: Evaluation, built: Parts | None, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Rewards by name: the requested ones, or those of the run that read only samples and columns of the data."""
+def _rewards(
+    one: Evaluation, built: PolicyParts | None, items: Sequence[Mapping[str, Any]]
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """(rewards by name, notes): the requested ones, or those of the run that read only samples and columns of the
+    data and whose module is found."""
+    notes = []
     arrays = _OF_SAMPLING if one.data is None else _OF_SAMPLING - {"answer_tokens", "answer_length"}
-    text = TEXT.union(set.intersection(*({*columns_of([item])} for item in items)) if items else ())
+    text = TEXT.union(set.intersection(*({*columns_of([own_columns(item)])} for item in items)) if items else ())
     if one.rewards is not None:
         sizes = {"max_completion_tokens": one.max_completion_tokens, "samples_per_prompt": one.samples_per_problem}
         terms = reward_terms(one.rewards, {name: size for name, size in sizes.items() if size is not None})
@@ -269,14 +307,20 @@ def _rewards(one: Evaluation, built: Parts | None, items: Sequence[Mapping[str, 
                     f"{', '.join(sorted(known))}"
                 )
     else:
-        own = [] if built is None else built.step.composition.rewards
+        own: list[Reward] = []
+        sizes = {} if built is None else run_sizes(built.config, built.tokenizer)
+        for entry in () if built is None else built.config.rewards:
+            try:
+                own += reward_terms([entry], sizes)
+            except ModuleMissing as error:
+                notes.append(f"not measured: {error}")
         terms = [
             term
             for term in own
             if not isinstance(term.function, Method)
             and not missing(term.function, arrays | text if term.on_host else arrays)
         ]
-    return {term.name: term.function for term in terms}
+    return {term.name: term.function for term in terms}, tuple(notes)
 
 
 def _scored(reference: str, policy: Policy, temperature: float) -> Callable[[Sequence[Any]], list[list[float]]]:

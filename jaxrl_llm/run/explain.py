@@ -225,28 +225,28 @@ def explanation(parts: Parts) -> dict[str, Any]:
       compiled program of the widest prompts FLOPs, bytes accessed and temporary memory, as XLA's cost model counts
       them (a loop body counts once, however often it runs).
     """
-    step, programs = parts.step, programs_with_inputs(parts)
+    step, programs, rows = parts.step, programs_with_inputs(parts), trace(parts)
     return {
         "stages": stages(step.composition),
         "hyper_parameters": hyper_parameters(step.composition),
-        "shapes": _shapes(trace(parts)),
-        "sizes": sizes(parts, programs[0].inputs[0]),
+        "shapes": _shapes(rows),
+        "sizes": sizes(parts, programs[0].inputs[0], rows),
         "widths": width_shares(parts),
         "programs": [_cost(name, program.lower(*given).compile()) for name, program, given in programs],
     }
 
 
-def sizes(parts: Parts, state: TrainState) -> dict[str, int]:
-    """The resulting sizes of a config, computed from the shapes of the state."""
-    training, rollout = parts.config.training, parts.config.rollout
-    rows = training.prompts_per_step * rollout.samples_per_prompt
+def sizes(parts: Parts, state: TrainState, rows: Experience) -> dict[str, int]:
+    """The resulting sizes of a config, computed from the shapes of the state and of the rows of one step."""
+    training, sampled = parts.config.training, parts.step.composition.rollout is not None
+    count, width = rows.tokens.shape
     return {
         "parameters": parameter_count(parts.model.specs),
         "trainable_parameters": parameter_count(trainable_part(parts.model, parts.model.specs)),
-        "prompts_per_step": training.prompts_per_step,
-        "sequences_per_step": rows,
-        "completion_tokens_per_step_at_most": rows * rollout.max_completion_tokens,
-        "prompt_tokens_per_step_at_most": rows * rollout.max_prompt_tokens,
+        **({"prompts_per_step": training.prompts_per_step} if sampled else {}),
+        "sequences_per_step": count,
+        "completion_tokens_per_step_at_most": count * width,
+        "prompt_tokens_per_step_at_most": count * rows.prompt_tokens.shape[1],
         "updates_per_step": training.epochs_per_batch * training.minibatches_per_epoch,
         "state_bytes": state_bytes(state),
     }

@@ -15,7 +15,7 @@ from jaxtyping import Array, PyTree
 from optax.contrib import MuonDimensionNumbers, muon
 
 from jaxrl_llm import schedules
-from jaxrl_llm.bounds import shown
+from jaxrl_llm.bounds import shown, there_are
 from jaxrl_llm.config import TrainingConfig
 from jaxrl_llm.experience import Method
 from jaxrl_llm.fields import nearest
@@ -101,7 +101,7 @@ def long_warmup(training: TrainingConfig, section: str = "training") -> str:
     if training.warmup_steps < max(updates, 1):
         return ""
     return (
-        f"{section}.warmup_steps is {training.warmup_steps}, but there are only {updates} updates, so the learning "
+        f"{section}.warmup_steps is {training.warmup_steps}, but {there_are(updates, 'update')}, so the learning "
         f"rate never reaches {training.learning_rate:g}; lower it, or train for more steps"
     )
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jaxrl_llm import data
+from jaxrl_llm.bounds import counted
 from jaxrl_llm.config import Config, RowsConfig, TaskConfig
 from jaxrl_llm.data import DataSet, DataSpec, Item, ProblemSet, Task
 from jaxrl_llm.data.row_files import SPLITS, first_row
@@ -190,7 +191,8 @@ def left_out(
       files: omitted rows of judged completions, by stage and reason.
     """
     lines = [
-        f"{split}: {len(one)} problems; left out " + ", ".join(f"{count:,} ({why})" for why, count in dropped.items())
+        f"{split}: {counted(len(one), 'problem')}; left out "
+        + ", ".join(f"{count:,} ({why})" for why, count in dropped.items())
         for split, one in sets.items()
         if (dropped := getattr(one, "dropped", {}))
     ]
@@ -198,7 +200,8 @@ def left_out(
     lines += [
         f"{name}: left out " + ", ".join(f"{n:,} ({why})" for why, n in gone.items()) for name, gone in files.items()
     ]
-    return [*lines, *([f"dropped {long} prompts longer than {max_prompt_tokens} tokens"] if long else [])]
+    said = f"dropped {counted(long, 'prompt')} longer than {max_prompt_tokens} tokens"
+    return [*lines, *([said] if long else [])]
 
 
 def own_data(stage: Any, last: Any, data: dict[str, Any]) -> dict[str, Any]:

@@ -36,6 +36,10 @@ class RecipeError(ValueError):
         super().__init__(shortened(message))
 
 
+class ModuleMissing(RecipeError):
+    """A module of the user that cannot be imported here."""
+
+
 # Options of a call on the host (a reading), written next to the hyper-parameters of a reward or a fill.
 _CALLING = {"deadline_s": Optional[Positive], "value_on_failure": float | None}  # noqa: UP045
 _PROCESS = ("executor", "memory_gib")
@@ -227,9 +231,10 @@ def user_function(path: str, where: str) -> Callable:
     try:
         function = getattr(importlib.import_module(module_name), attribute)
     except ImportError as error:
-        raise RecipeError(
-            f"{where} names python: {path!r}, but importing {module_name!r} failed: {error}; put the module in the "
-            "current directory or on PYTHONPATH"
+        raise ModuleMissing(
+            f"{where} names python: {path!r}, but importing {module_name!r} failed: {error}; modules are searched in "
+            "the current directory and on PYTHONPATH, so give the command in the directory of the module, or set "
+            "PYTHONPATH to it"
         ) from error
     except AttributeError:
         raise RecipeError(f"{where} names python: {path!r}, but {module_name!r} has no {attribute!r}") from None

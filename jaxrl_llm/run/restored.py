@@ -12,17 +12,17 @@ from jax.sharding import SingleDeviceSharding
 from jaxtyping import Array, PyTree
 
 from jaxrl_llm import data, hub
-from jaxrl_llm.config import ConfigError, load_config
+from jaxrl_llm.config import Config, ConfigError, load_config
 from jaxrl_llm.data import CharacterTokenizer, Tokenizer
 from jaxrl_llm.models import weights
 from jaxrl_llm.models.adapters import add_adapters
-from jaxrl_llm.models.checkpoint_files import read_json
 from jaxrl_llm.models.decoder import transformer
 from jaxrl_llm.models.model import Model
 from jaxrl_llm.models.transformer_config import TransformerConfig
 from jaxrl_llm.run import checkpoints, integrity, stored_states
 from jaxrl_llm.run.directories import at_hand, is_run
-from jaxrl_llm.run.setup import Parts, described_policy, parts
+from jaxrl_llm.run.policy_parts import PolicyParts, described_policy, policy_parts
+from jaxrl_llm.run.setup import parts
 from jaxrl_llm.run.staged import last_stage
 from jaxrl_llm.training.initial import initial_state
 from jaxrl_llm.training.networks import POLICY, Network, given_shapes
@@ -61,24 +61,26 @@ class Policy:
         return replace(self, model=transformer(self.model.config.for_context(tokens)))
 
 
-def restored_run(path: str | Path) -> tuple[Parts, Policy]:
-    """The parts of a run and its policy, from the newest checkpoint of a run directory or from one checkpoint.
+def restored_run(path: str | Path) -> tuple[PolicyParts, Policy]:
+    """The policy of a run, from the newest checkpoint of a run directory or from one checkpoint.
+
+    Functions that the run is trained with are not needed.
 
     Raises:
       ConfigError: if the run's config.yaml is missing.
       CheckpointError: if there is no checkpoint, or it does not fit the config.
     """
-    built, folder, step = _parts_of(path)
+    config, folder, step = _config_of(path)
+    built = policy_parts(last_stage(config))
     params = checkpoint_params(built, folder, step)
     widths = built.config.rollout.max_prompt_tokens, built.config.rollout.max_completion_tokens
-    context = None if built.directory is None else _context_tokens(built.directory)
+    context = None if built.directory is None else weights.longest_context(built.directory)
     return built, Policy(built.model, params, built.tokenizer, folder / str(step), *widths, context)
 
 
-def checkpoint_params(built: Parts, folder: Path, step: int) -> PyTree:
+def checkpoint_params(built: PolicyParts, folder: Path, step: int) -> PyTree:
     """The policy's parameters of one checkpoint of a run, sharded over the mesh of the parts."""
-    place = built.step.composition.resources.placement
-    mesh, rules = place.mesh, place.rules
+    mesh, rules = built.placement.mesh, built.placement.rules
     if built.model.trained is None:
         shapes, device = (
             jax.eval_shape(built.model.init, jax.random.key(0)),
@@ -91,26 +93,32 @@ def checkpoint_params(built: Parts, folder: Path, step: int) -> PyTree:
     return stored_states.restore_params(folder, step, like, trained=built.model.trained)
 
 
-def run_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer of a run directory or checkpoint; reads no parameters."""
+def run_config(path: str | Path) -> Config:
+    """The config of a run directory or checkpoint, which may be read on another machine than the one that wrote it.
+
+    Raises:
+      ConfigError: if there is none.
+    """
     folder = Path(path) if (Path(path) / "config.yaml").is_file() else Path(path).parent.parent
-    config = load_config(folder / "config.yaml", ["mesh=auto"], vocabulary_size=CharacterTokenizer().vocabulary_size)
-    return described_policy(config, planned=True)[1]
-
-
-def _parts_of(path: str | Path, network: str = POLICY) -> tuple[Parts, Path, int]:
-    """(parts of the last stage of a run, its checkpoints directory, the step of the checkpoint)."""
-    folder, step = integrity.latest_checkpoint(path, within=f"networks/{network}/params/")
-    stored = folder.parent / "config.yaml"
+    stored = folder / "config.yaml"
     if not stored.is_file():
         raise ConfigError(f"{stored} is missing: restoring a checkpoint needs the config.yaml of its run")
-    # The checkpoint may be read on another machine than the one that wrote it.
     here = ["mesh=auto", "training.offload=[]"]
-    config = load_config(stored, here, vocabulary_size=CharacterTokenizer().vocabulary_size)
-    return parts(last_stage(config), later=len(config.stages) > 1), folder, step
+    return load_config(stored, here, vocabulary_size=CharacterTokenizer().vocabulary_size)
 
 
-def branched_params(built: Parts, key: Array) -> PyTree:
+def run_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer of a run directory or checkpoint; reads no parameters."""
+    return described_policy(run_config(path), planned=True)[1]
+
+
+def _config_of(path: str | Path, network: str = POLICY) -> tuple[Config, Path, int]:
+    """(config of a run, its checkpoints directory, the step of the checkpoint)."""
+    folder, step = integrity.latest_checkpoint(path, within=f"networks/{network}/params/")
+    return run_config(folder / str(step)), folder, step
+
+
+def branched_params(built: PolicyParts, key: Array) -> PyTree:
     """The policy of the checkpoint in `init_from`, converted to this run's model.
 
     Args:
@@ -124,21 +132,21 @@ def branched_params(built: Parts, key: Array) -> PyTree:
     return jax.jit(partial(_converted, source, built))(policy.params, key)
 
 
-def require_branch(built: Parts) -> None:
+def require_branch(built: PolicyParts) -> None:
     """Raises CheckpointError if `init_from` is not a checkpoint of this model; reads no parameters."""
-    source, _, _ = _parts_of(where := _branch(built))
+    source = policy_parts(last_stage(_config_of(where := _branch(built))[0]))
     key = jax.random.key(0)
     made = jax.eval_shape(partial(_converted, source, built), jax.eval_shape(source.model.init, key), key)
     stored_states.require_same(made, jax.eval_shape(built.model.init, key), f"{where} of init_from")
 
 
-def _branch(built: Parts) -> Path:
+def _branch(built: PolicyParts) -> Path:
     branch = built.config.init_from
     assert branch is not None
     return integrity.branch_checkpoint(branch.path, branch.step)
 
 
-def _converted(source: Parts, built: Parts, params: PyTree, key: Array) -> PyTree:
+def _converted(source: PolicyParts, built: PolicyParts, params: PyTree, key: Array) -> PyTree:
     """Parameters of one model converted to another: adapters are merged or added, and dtypes change."""
     wanted, adapters = jax.eval_shape(built.model.init, key), built.config.lora
     if jax.tree.structure(params) != jax.tree.structure(wanted):
@@ -156,20 +164,21 @@ def restored_network(path: str | Path, name: str) -> tuple[Model, Network, PyTre
       ConfigError: if the run's config.yaml is missing.
       CheckpointError: if there is no checkpoint, or it has no network of this name.
     """
-    built, folder, step = _parts_of(path, name)
+    config, folder, step = _config_of(path, name)
     if name == POLICY:
-        network, like = Network(), jax.eval_shape(built.model.init, jax.random.key(0))
-    elif name in built.step.composition.networks:
-        network = built.step.composition.networks[name]
-        c = built.step.composition
-        state = jax.eval_shape(partial(initial_state, c), jax.random.key(0), None, given_shapes(c.networks))
-        like = state.networks[name].params
-    else:
-        known = ", ".join((POLICY, *built.step.composition.networks))
+        model = policy_parts(last_stage(config)).model
+        network, like = Network(), jax.eval_shape(model.init, jax.random.key(0))
+        return model, network, stored_states.restore_params(folder, step, like, network=name)
+    built = parts(last_stage(config), later=len(config.stages) > 1)
+    c = built.step.composition
+    if name not in c.networks:
+        known = ", ".join((POLICY, *c.networks))
         raise checkpoints.CheckpointError(
             f"run {path} has no network {name!r}; its networks are {known} (`networks.NAME.of` names one)"
         )
-    params = stored_states.restore_params(folder, step, like, network=name)
+    network = c.networks[name]
+    state = jax.eval_shape(partial(initial_state, c), jax.random.key(0), None, given_shapes(c.networks))
+    params = stored_states.restore_params(folder, step, state.networks[name].params, network=name)
     return network.model or built.model, network, params
 
 
@@ -198,14 +207,4 @@ def restored_policy(path: str | Path, *, dtype: str | None = None, chat: bool = 
     tokenizer = data.load_tokenizer(directory)
     data.require_embedding(tokenizer, model.vocabulary_size)
     tokenizer = data.with_chat(tokenizer) if chat else tokenizer
-    return Policy(model, params, tokenizer, directory, context_tokens=_context_tokens(directory))
-
-
-def _context_tokens(directory: Path) -> int | None:
-    """The context length in config.json, or the one that scaled rotary angles reach, whichever is larger."""
-    config = read_json(directory / "config.json")
-    config = config.get("text_config") or config
-    stretched = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    factor, original = stretched.get("factor"), stretched.get("original_max_position_embeddings")
-    reached = int(factor * original) if factor and original else 0
-    return max(config.get("max_position_embeddings") or 0, reached) or None
+    return Policy(model, params, tokenizer, directory, context_tokens=weights.longest_context(directory))

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxrl_llm.data.tasks.items import defaults_of, named_item
 from jaxrl_llm.experience import FACTS, Experience
 from jaxrl_llm.fields import TEXT
 from jaxrl_llm.run.explain import trace
@@ -59,12 +60,16 @@ def require_columns(parts: Parts, sets: Mapping[str, Any]) -> None:
     known = columns_of([sets["train"][0]]) | c.resources.columns
     for term in readings:
         for name in sorted(required([term.function]) & known):
-            lacking = [each for each in sets["train"] if name not in each and name not in (each.get("raw") or {})]
+            lacking = [
+                each
+                for each in sets["train"]
+                if name in defaults_of(each) or name not in {**each, **each.get("raw", {})}
+            ]
             if lacking:
                 first = lacking[0]
                 raise ValueError(
                     f"{term.name!r} reads the column {name!r}, which {len(lacking):,} of {len(sets['train']):,} "
-                    f"training rows of {own.path} lack, such as row {_row_number(first)} ({first['body'][:60]!r}); "
+                    f"training rows lack, such as {named_item(first)} ({first['body'][:60]!r}); "
                     f"add it (null where there is no value), or leave such rows out: data.where='{name} is defined'"
                 )
 
@@ -83,9 +88,7 @@ def require_usable_answers(parts: Parts, sets: Mapping[str, Any]) -> None:
             part = [rows[index] for index in range(start, min(start + _TOGETHER, len(rows)))]
             wrong = [] if _unusable(term.function, part) is None else [r for r in part if _unusable(term.function, [r])]
             if wrong:
-                said = (_unusable(term.function, wrong[:1]) or "").replace(
-                    "of row 0", f"of row {_row_number(wrong[0])}"
-                )
+                said = (_unusable(term.function, wrong[:1]) or "").replace("of row 0", f"of {named_item(wrong[0])}")
                 raise ValueError(
                     f"reward {term.name!r}: {said}. {len(wrong)} of the first {start + len(part):,} training rows "
                     "cannot be used; data.where leaves rows out"
@@ -108,10 +111,6 @@ def _unusable(function: Any, rows: Sequence[Mapping[str, Any]]) -> str | None:
     except ValueError as error:
         return str(error)
     return None
-
-
-def _row_number(row: Mapping[str, Any]) -> int:
-    return row["item_id"] + 1
 
 
 def try_rewards(parts: Parts, sets: Mapping[str, Any]) -> None:

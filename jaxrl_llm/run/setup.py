@@ -11,22 +11,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
-from jaxtyping import Array, PyTree
+from jaxtyping import PyTree
 
 from jaxrl_llm import data, selection
-from jaxrl_llm.config import Config, NetworkConfig, PretrainedConfig
-from jaxrl_llm.data import CharacterTokenizer, Task, Tokenizer
+from jaxrl_llm.config import Config, NetworkConfig
+from jaxrl_llm.data import CharacterTokenizer, Tokenizer
 from jaxrl_llm.data.buckets import buckets
 from jaxrl_llm.data.scripts import token_scripts
-from jaxrl_llm.experience import KeyUse, Method
-from jaxrl_llm.hub import model_directory
-from jaxrl_llm.models import weights
-from jaxrl_llm.models.adapters import add_adapters, lora
-from jaxrl_llm.models.decoder import transformer
-from jaxrl_llm.models.model import Model
-from jaxrl_llm.models.parameters import parameter_count
-from jaxrl_llm.parallel import changed_rules
+from jaxrl_llm.experience import Method
 from jaxrl_llm.rollout.host_calls import Caller
 from jaxrl_llm.rollout.host_environments import HostEnvironment, opened
 from jaxrl_llm.run import sources
@@ -41,14 +33,14 @@ from jaxrl_llm.run.configured import (
     head_optimizer,
     require_tokens_of_policy,
 )
-from jaxrl_llm.run.machine import Target, chosen_mesh
+from jaxrl_llm.run.machine import Target
 from jaxrl_llm.run.optimizers import optimizer, skipping_non_finite
-from jaxrl_llm.run.problems import columns, configured_task, data_sets, naming_unreadable_data
+from jaxrl_llm.run.policy_parts import PolicyParts, longest_sequence, policy_parts, require_context
+from jaxrl_llm.run.problems import columns, data_sets, naming_unreadable_data
 from jaxrl_llm.run.recipes import credit_terms, entry_of, loss_terms, method, reward_terms, verdict_of
 from jaxrl_llm.run.sources import Feed
 from jaxrl_llm.terms import Reward, View
-from jaxrl_llm.training import Placement, Resources, Rollout, TrainStep, Update, make_train_step
-from jaxrl_llm.training.segments import parameter_shardings
+from jaxrl_llm.training import Resources, Rollout, TrainStep, Update, make_train_step
 
 _MOST_PARAMETERS = 10**14
 # Default numbers of bins for packed rows, as shares of the number of rows.
@@ -56,29 +48,17 @@ _PACKING = (0.25, 0.375, 0.5, 0.75)
 
 
 @dataclass(frozen=True)
-class Parts:
+class Parts(PolicyParts):
     """The objects that a config describes, before data is made or programs are compiled.
 
     Attributes:
-      config: the run's config.
-      task: the problem family with its options; None for a user's data set.
-      tokenizer: text <-> tokens.
-      model: the policy.
-      directory: the checkpoint that the policy starts from; None for random parameters.
       step: the composed training step.
-      mesh_reason: why the mesh has its sizes, as text.
       feeds: its sources, with the functions that provide their rows on the host.
       paths: directories of networks that are read from one.
       call: calls the functions of a Python environment; only inside `opened_parts`.
     """
 
-    config: Config
-    task: Task | None
-    tokenizer: Tokenizer
-    model: Model
-    directory: Path | None
     step: TrainStep
-    mesh_reason: str = ""
     feeds: tuple[Feed, ...] = ()
     paths: Mapping[str, Path] = field(default_factory=dict)
     call: Caller | None = None
@@ -93,29 +73,6 @@ class Parts:
     def scratchpad(self) -> bool:
         """Whether reference completions of generated problems show their work."""
         return self.task is None or self.task.scratchpad
-
-    def initial_params(self, key: Array) -> PyTree:
-        """The initial parameters of a run with this key: from another run, from a checkpoint, or random.
-
-        Adapters are always initialised at random, unless they come from another run.
-        """
-        key, adapters = jax.random.fold_in(key, KeyUse.INITIALISE), self.config.lora
-        c = self.step.composition.resources.placement
-        shardings = None if c.mesh is None else parameter_shardings(self.model, c.mesh, c.rules)
-        if self.config.init_from is not None:
-            from jaxrl_llm.run.restored import branched_params  # imports this module
-
-            params = branched_params(self, key)
-            return params if shardings is None else jax.device_put(params, shardings)
-        if self.directory is None:
-            return jax.jit(self.model.init, out_shardings=shardings)(key)
-        strict = isinstance(self.config.model, PretrainedConfig) and self.config.model.strict
-        if adapters is None:
-            return weights.load_params(self.directory, self.model.config, sharding=shardings, strict=strict)
-        base = None if c.mesh is None else parameter_shardings(transformer(self.model.config), c.mesh, c.rules)
-        params = weights.load_params(self.directory, self.model.config, sharding=base, strict=strict)
-        adapted = add_adapters(params, adapters, key, bits=adapters.bits)
-        return adapted if shardings is None else jax.device_put(adapted, shardings)
 
     def given(self) -> dict[str, PyTree]:
         """Parameters of networks that are read from a path."""
@@ -143,13 +100,9 @@ def parts(config: Config, target: Target | None = None, like: Parts | None = Non
     Raises:
       ValueError: for an unknown task or method, a name that nothing provides, or sizes that do not divide.
     """
-    task = None if config.task is None else configured_task(config.task)
-    if like is None:
-        directory, tokenizer, model = described_policy(config, planned=target is not None)
-        if config.lora is not None:
-            model = lora(model, config.lora, bits=config.lora.bits)
-    else:
-        directory, tokenizer, model = like.directory, like.tokenizer, like.model
+    policy = policy_parts(config, target, like)
+    require_context(config, policy.directory)
+    task, tokenizer, model, directory = policy.task, policy.tokenizer, policy.model, policy.directory
     training, rollout = config.training, config.rollout
     sizes = run_sizes(config, tokenizer)
     feeds = configured_sources(config, sizes)
@@ -177,10 +130,6 @@ def parts(config: Config, target: Target | None = None, like: Parts | None = Non
             "rollout.prompt_buckets makes prompts of several widths, but rows of another source have prompts of one "
             "width (one_width); remove rollout.prompt_buckets or the other source"
         )
-    if like is None:
-        mesh, reason = chosen_mesh(config, model, target)
-    else:
-        mesh, reason = like.step.composition.resources.placement.mesh, like.mesh_reason
     rewards = reward_terms(config.rewards, sizes)
     sizes["reward_names"] = tuple(term.name for term in rewards)
     credit = credit_terms(config.credit, sizes)
@@ -192,7 +141,7 @@ def parts(config: Config, target: Target | None = None, like: Parts | None = Non
     # Adapters that were trained before this stage are part of the initial policy, so the reference keeps a copy.
     snapshot = config.lora is not None and (later or config.warm_start_steps > 0 or config.init_from is not None)
     networks, paths = configured_networks(
-        config.networks, b1, b2, snapshot=snapshot, context_tokens=_context_tokens(config)
+        config.networks, b1, b2, snapshot=snapshot, context_tokens=longest_sequence(config)
     )
     require_tokens_of_policy(paths, tokenizer)
     with naming_unreadable_data(config):
@@ -216,12 +165,10 @@ def parts(config: Config, target: Target | None = None, like: Parts | None = Non
                 scripts=token_scripts(tokenizer.token_bytes())
                 if like is None
                 else like.step.composition.resources.scripts,
-                placement=Placement(
-                    mesh, changed_rules(config.mesh.rules), config.mesh.gather_for_rollout, frozenset(training.offload)
-                ),
+                placement=policy.placement,
             ),
         )
-    return Parts(config, task, tokenizer, model, directory, step, reason, feeds, paths)
+    return Parts(**vars(policy), step=step, feeds=feeds, paths=paths)
 
 
 def _update(config: Config) -> Update:
@@ -326,47 +273,6 @@ def opened_parts(built: Parts, *, log: Path | None = None, stop: Callable[[], No
         return
     with opened(built.environment, log=log, stop=stop) as call:
         yield replace(built, call=call)
-
-
-def _context_tokens(config: Config) -> int:
-    """Tokens of the longest sequence of a run."""
-    return config.rollout.max_prompt_tokens + config.rollout.max_completion_tokens
-
-
-def described_policy(config: Config, *, planned: bool = False) -> tuple[Path | None, Tokenizer, Model]:
-    """(checkpoint directory or None, tokenizer, model) of a config; no weights are read."""
-    context = _context_tokens(config)
-    if not isinstance(config.model, PretrainedConfig):
-        tokenizer = CharacterTokenizer()
-        if config.model.vocabulary_size < tokenizer.vocabulary_size:
-            raise ValueError(
-                f"model.vocabulary_size is {config.model.vocabulary_size}, but the tokenizer has "
-                f"{tokenizer.vocabulary_size} tokens; remove the field to use that number"
-            )
-        model = transformer(replace(config.model.for_context(context), remat=config.training.remat))
-        if (count := parameter_count(model.specs)) > _MOST_PARAMETERS:
-            raise ValueError(
-                f"section model describes {count:,} parameters, more than {_MOST_PARAMETERS:,}; lower sizes"
-            )
-        return None, tokenizer, model
-    directory = model_directory(config.model.path, revision=config.model.revision, weights=not planned)
-    described = weights.load_config(directory, context_tokens=context, **config.model.execution)
-    model = transformer(replace(described, remat=config.training.remat))
-    prompts = config.data
-    if planned and not (directory / "tokenizer.json").is_file():
-        return directory, CharacterTokenizer(), model  # sizes do not depend on the tokenizer
-    tokenizer = data.load_tokenizer(directory)
-    data.require_embedding(tokenizer, model.vocabulary_size)
-    if prompts.prompts == "plain":
-        return directory, data.with_prompt_format(tokenizer, prompts.prompt_format), model
-    chat = data.with_chat(
-        tokenizer,
-        system_prompt=prompts.system_prompt,
-        format=prompts.prompt_format,
-        options=prompts.template_options,
-        rewritten_history=prompts.rewritten_history,
-    )
-    return directory, chat, model
 
 
 def _require_own_ids(functions: Sequence[tuple[str, Any]]) -> None:

@@ -258,9 +258,8 @@ def run_stage(
                 write_samples(run, offset + done, done, rows, items, first=done == first + 1, last=stage.steps)
             progress.update(done, shown)
 
-        remarks, unread = Remarks(), None
+        remarks, unread, choices = Remarks(), None, choices_of(state)
         widths: set[int] = set()
-        choices = choices_of(state)
         for index in range(first, first if early_stopping.over(run.meta, stage.name, first) else stage.steps):
             done = index + 1
             prompts, items = _prompts(run, stage, data, index, choices)
@@ -284,10 +283,10 @@ def run_stage(
             state, unread, reached = new_state, (done, metrics, rows, items, time.monotonic()), False
             if stage.probe_every_steps and done % stage.probe_every_steps == 0 and (done < stage.steps or not last):
                 run.watch.allow()  # a resumed run compiles its evaluation here
-                probed = _probed(run, stage, state, measure)
+                metrics |= (probed := _probed(run, stage, state, measure))
+                progress.validation(done, probed)
                 if done > first + 2:
                     run.watch.expect_none(progress.message)
-                metrics |= probed
                 reached = stage.stop_at_accuracy is not None and probed["validation/pass@1"] >= stage.stop_at_accuracy
             if done == first + 2 or (new_width and done > first + 2):
                 run.watch.expect_none(progress.message)

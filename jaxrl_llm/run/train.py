@@ -378,7 +378,7 @@ def _stored(run: Run, stage: Stage, params: Any, key: Any, fresh: bool) -> Store
         if hosts.is_main():
             stored.save(run.config.directory)
         run.meta["stored_answers"] = stored.fingerprint
-    run.console.print(f"{len(stored)} answers stored, {len(stored.explored)} prompts explored")
+    run.console.print(f"answers stored: {len(stored)}; prompts explored: {len(stored.explored)}")
     return stored
 
 

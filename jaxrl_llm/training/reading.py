@@ -293,7 +293,7 @@ def reads_items(terms: Sequence[Any], columns: Collection[str] = ()) -> bool:
 def columns_of(items: Iterable[Mapping[str, Any]]) -> frozenset[str]:
     """Names of the fields of records, and of the columns of their lines, that readings may read beside text."""
     found = {name for item in items for name in (*item, *(item.get("raw") or ()))}
-    return frozenset(name for name in found if name.isidentifier()) - TEXT - FIELDS.keys() - {"raw"}
+    return frozenset(name for name in found if name.isidentifier()) - TEXT - FIELDS.keys() - {"raw", "row_of_file"}
 
 
 def column(item: Mapping[str, Any], name: str) -> Any:

@@ -33,8 +33,9 @@ def config(tmp_path, micro_config):
 
 
 def test_the_preview_counts_what_is_there(config, capsys):
-    assert cli.main(["data", str(config), "--count", "3", "--json"]) == 0
+    assert cli.main(["data", str(config), "--count", "3", "--json"]) == 2
     found = json.loads(capsys.readouterr().out)
+    assert "splits must not overlap" in found["refused"][0]
     assert [one["data_source"] for one in found["prompts"]] == ["mine", "mine", "sums"]
     assert found["prompts"][0]["prompt"].startswith("<bos>A:")
     assert found["prompts"][2]["response"].endswith("</a>")
@@ -53,6 +54,7 @@ def test_it_fits_a_narrow_screen_and_says_what_is_left_out(config, capsys, monke
         "data.overlap=drop",
         "data.sources.mine.where=n is undefined or n < 42",
         "data.sources.mine.duplicates=drop",
+        "warm_start.steps=0",  # the file has no demonstrations
     ]
     assert cli.main(["data", str(config), "--split", "test", *changes]) == 0
     shown = capsys.readouterr().out
@@ -85,6 +87,26 @@ def test_one_condition_needs_no_list(config):
     tree = yaml.safe_load(config.read_text())
     read = parse_config(tree, ["data.sources.mine.where=n > 2"], vocabulary_size=CharacterTokenizer().vocabulary_size)
     assert read.data.sources["mine"].where == "n > 2"
+
+
+def test_what_a_run_would_refuse_sets_the_status(tmp_path, micro_config, capsys):
+    lines = [{"prompt": f"A:{n}+1", "answer": f"{n + 1}", **({"n": n} if n != 7 else {})} for n in range(60)]
+    lines[8]["prompt"] += "1" * 20
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "reads_n.py").write_text("def of_n(completions, n):\n    return [float(x) for x in n]\n")
+    tree = micro_config | {"task": None, "data": {"path": str(tmp_path / "rows.jsonl")}, "warm_start": {"steps": 0}}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(tree | {"rewards": ["number_match"]}))
+    command = ["data", str(tmp_path / "mine.yaml")]
+    assert cli.main([*command, "data.overlong_prompts=drop"]) == 0
+    capsys.readouterr()
+    assert cli.main(command) == 2
+    told = re.sub(r"\s+", " ", capsys.readouterr().err)
+    assert "error: line 9 of" in told
+    assert re.search(r"does not fit: its prompt has \d+ tokens, more than max_prompt_tokens=9", told)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.syspath_prepend(tmp_path)
+        assert cli.main([*command, "data.overlong_prompts=drop", "rewards=[{python: 'reads_n:of_n'}]"]) == 2
+    assert "'of_n' reads the column 'n', which 1 of" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -10,12 +10,23 @@ import pytest
 import yaml
 
 from jaxrl_llm import cli
+from jaxrl_llm.run.recipes import ModuleMissing
+from jaxrl_llm.run.restored import restored_network, restored_run
 
 GRADER = """
 calls = []
 
 def grade(completion, answer, weight=1):
     calls.append(completion)
+    return {"right": completion.startswith("<a>" + answer[0]), "answer": completion[:4], "confidence": 0.5}
+
+def of_level(completion, level):
+    return level > 0
+
+def breaks_at_fourth(completion, answer, weight=1):
+    calls.append(completion)
+    if len(calls) > 9:
+        raise KeyError("no such thing")
     return {"right": completion.startswith("<a>" + answer[0]), "answer": completion[:4], "confidence": 0.5}
 
 def breaks(completion, item):
@@ -93,15 +104,43 @@ def test_a_finished_one_is_not_sampled_again(place, finished_run):
     assert status == 0
     assert len(own_grader.calls) == before
     assert "pass@2" in out
+    again = ("eval", finished_run.directory, *OWN[:-4], "--batch", "6", "--out", "out")
+    status, out, err = said(*again, "--k", "1", "--by", "kind", "--json")
+    assert status == 0, err  # the stored samples, by a column that was not named before
+    found = json.loads(out)
+    assert (found["samples_per_problem"], "pass@2" in found, found["by"]["kind"]["odd"]["problems"]) == (2, False, 3)
+    status, _, err = said(*again)
+    assert (status, "with samples 2, too few for k [1, 8]; give --k with numbers up to 2" in err) == (2, True), err
+    table = said(*again, "--k", "1")[1]
+    assert table.replace("\n", "").count(finished_run.directory.name) == 1
+    assert len(own_grader.calls) == before
 
 
 def test_a_grader_that_fails_names_the_problem_and_what_was_done_stays(place, finished_run):
     arguments = ("--data", "problems.jsonl", "--k", "1", "--batch", "4", "--out", "out")
     status, _, err = said("eval", finished_run.directory, *arguments, "--grader", "own_grader:breaks")
-    assert status == 2
-    assert "grader 'own_grader:breaks' failed at item 2 ('A:1+5') with KeyError" in err
+    assert status == 1
+    assert "grader 'own_grader:breaks' failed at line 3 of problems.jsonl ('A:1+5') with KeyError" in err
     assert "Traceback" not in err
     assert len((place / "out" / "problems.jsonl").read_text().splitlines()) == 2
+
+
+def test_what_was_graded_before_a_failure_in_a_batch_is_kept_and_not_graded_again(place, finished_run, monkeypatch):
+    import own_grader
+
+    own = ("eval", finished_run.directory, *OWN[:-1], "18")  # all problems in one batch
+    assert said(*own, "--out", "whole")[0] == 0
+    whole = {name: (place / "whole" / name).read_bytes() for name in ("problems.jsonl", "summary.json")}
+    own_grader.calls.clear()
+    with monkeypatch.context() as broken:
+        broken.setattr(own_grader.grade, "__code__", own_grader.breaks_at_fourth.__code__)
+        status, _, err = said(*own, "--out", "out")
+    assert (status, "failed at line 4 of problems.jsonl" in err) == (1, True), err
+    assert (place / "out" / "problems.jsonl").read_bytes() == b"".join(whole["problems.jsonl"].splitlines(True)[:3])
+    before = len(own_grader.calls)
+    assert said(*own, "--out", "out")[0] == 0
+    assert len(own_grader.calls) - before == 9
+    assert {name: (place / "out" / name).read_bytes() for name in whole} == whole
 
 
 def test_every_checkpoint_of_a_run_and_two_of_them_compared(place, finished_run):
@@ -118,6 +157,32 @@ def test_every_checkpoint_of_a_run_and_two_of_them_compared(place, finished_run)
     assert row["second"] - row["first"] == pytest.approx(row["difference"])
     assert "95% interval" in said("compare", first, last)[1]
     assert "best" in said("eval", finished_run.directory, *OWN, "--all", "--out", "all")[1]
+
+
+@pytest.fixture
+def run_elsewhere(place, finished_run):
+    """A run whose functions of training are in a module that is not found here."""
+    run = place / "run"
+    run.mkdir()
+    (run / "checkpoints").symlink_to(finished_run.directory / "checkpoints")
+    tree = yaml.safe_load((finished_run.directory / "config.yaml").read_text())
+    tree |= {"credit": [{"advantages": {"python": "methods_elsewhere:centred"}}]}
+    tree |= {"losses": [{"python": "methods_elsewhere:loss"}]}
+    tree["rewards"].append({"python": "methods_elsewhere:brief"})
+    (run / "config.yaml").write_text(yaml.safe_dump(tree))
+    return run
+
+
+def test_a_run_is_evaluated_where_its_functions_of_training_are_not_found(run_elsewhere, finished_run):
+    status, out, err = said("eval", run_elsewhere, *OWN, "--json")
+    assert status == 0, err
+    assert err.startswith("note: not measured: rewards names python: 'methods_elsewhere:brief', but importing")
+    assert "give the command in the directory of the module, or set PYTHONPATH to it" in err
+    found, same = json.loads(out), json.loads(said("eval", finished_run.directory, *OWN, "--json")[1])
+    assert {**found, "checkpoint": ""} == {**same, "checkpoint": ""}
+    assert restored_run(run_elsewhere)[0].config.credit == ({"advantages": {"python": "methods_elsewhere:centred"}},)
+    with pytest.raises(ModuleMissing, match="methods_elsewhere"):
+        restored_network(run_elsewhere, "reference")
 
 
 SUITE = """
@@ -160,7 +225,15 @@ def test_the_divergence_from_itself_is_zero_and_rewards_are_named(place, finishe
     [
         (["--data", "problems.jsonl", "--grader", "own_grader:other"], "has no 'other'"),
         (["--data", "problems.jsonl", "--grader", "absent:grade"], "importing 'absent' failed"),
-        (["--data", "problems.jsonl", "--by", "sauce"], "item 0 has no column 'sauce' that holds a number or a text"),
+        (
+            ["--data", "problems.jsonl", "--by", "sauce"],
+            "line 1 of problems.jsonl has no column 'sauce' that holds a number or a text; there are answer",
+        ),
+        (["--data", "problems.jsonl", "--by", "level"], "line 1 of problems.jsonl has no column 'level'"),
+        (
+            ["--data", "problems.jsonl", "--grader", "own_grader:of_level"],
+            "names 'level', but line 1 of problems.jsonl has only the columns answer, kind, prompt; name one of these",
+        ),
         (["--data", "absent.jsonl"], "data file absent.jsonl cannot be read: No such file"),
         (["--data", "problems.jsonl", "--format", "choice"], "6 lines that cannot be used"),
         (["--data", "problems.jsonl", "--format", "chioce"], "format"),

@@ -16,6 +16,7 @@ from jaxrl_llm import cli
 from jaxrl_llm.commands import sample as sample_command
 from jaxrl_llm.commands.sample import show
 from jaxrl_llm.data import CharacterTokenizer, encode_prompts, load_tokenizer, with_chat
+from jaxrl_llm.models.weights import longest_context
 from jaxrl_llm.rollout import Drawn, generate
 from jaxrl_llm.run.restored import Policy, restored_policy
 
@@ -315,11 +316,9 @@ def test_nothing_to_complete(jaxrl):
 
 
 def test_the_context_of_a_model_directory_is_known(tmp_path):
-    from jaxrl_llm.run.restored import _context_tokens
-
     def context(**config):
         (tmp_path / "config.json").write_text(json.dumps(config))
-        return _context_tokens(tmp_path)
+        return longest_context(tmp_path)
 
     assert context(max_position_embeddings=2048) == 2048
     assert context(text_config={"max_position_embeddings": 512}) == 512

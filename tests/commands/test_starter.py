@@ -6,9 +6,16 @@ import json
 import re
 
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from jaxrl_llm import cli
 from jaxrl_llm.config import load_config
+from jaxrl_llm.run.policy_parts import require_context
+
+TEMPLATE = (
+    "{% for m in messages %}<u>{{ m.role }}: {{ m.content }}<e>{% endfor %}"
+    "{% if add_generation_prompt %}<u>assistant: {% endif %}"
+)
 
 
 @pytest.fixture
@@ -65,6 +72,44 @@ def test_a_base_model_has_plain_prompts(tmp_path, written, files, prompts):
 def test_the_longest_prompt_fits(written):
     config, _ = written([{"prompt": "x" * 900, "answer": "1"}])
     assert config.rollout.max_prompt_tokens == 384
+
+
+@pytest.fixture
+def model(tmp_path):
+    """A model directory with a tokenizer of bytes and a chat template; the context is that of the test."""
+
+    def make(context):
+        directory = tmp_path / "model"
+        directory.mkdir()
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(special_tokens=["<u>", "<e>"], initial_alphabet=alphabet, show_progress=False)
+        tokenizer.train_from_iterator([], trainer)
+        tokenizer.save(str(directory / "tokenizer.json"))
+        (directory / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<e>"}))
+        (directory / "chat_template.jinja").write_text(TEMPLATE)
+        (directory / "config.json").write_text(json.dumps({"max_position_embeddings": context}))
+        return directory
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("context", "limits"), [(4096, (192, 512)), (256, (128, 128)), (160, (93, 67)), (90, (45, 45))]
+)
+def test_limits_count_format_and_template_and_fit_the_context(written, model, context, limits):
+    directory = model(context)
+    config, text = written([{"prompt": "What is 1+1?", "answer": "2"}, {"prompt": "1+1?", "answer": "2"}])
+    assert "the longest is about 93 with prompt_format and the chat template, by the model's tokenizer" in text
+    rollout = config.rollout
+    assert (rollout.max_prompt_tokens, rollout.max_completion_tokens) == limits
+    require_context(config, directory)
+    assert (f"the room in the model's context of {context} tokens" in text) == (context < 4096)
+    (directory / "config.json").write_text(json.dumps({"max_position_embeddings": sum(limits) - 1}))
+    with pytest.raises(ValueError, match=f"make sequences of {sum(limits)} tokens, more than the model's context of"):
+        require_context(config, directory)
 
 
 @pytest.mark.parametrize(

@@ -172,7 +172,9 @@ def test_vocabulary_must_fit_the_embedding(directories):
     size = tokenizer.vocabulary_size
     require_embedding(tokenizer, size)
     require_embedding(tokenizer, size + 64)
-    with pytest.raises(ValueError, match=rf"ids up to {size - 1}, but .* {size - 1} rows; 1 tokens .*'</think>'"):
+    with pytest.raises(
+        ValueError, match=rf"ids up to {size - 1}, but .* {size - 1} rows, too few for 1 token: '</think>'"
+    ):
         require_embedding(tokenizer, size - 1)
 
 

@@ -54,7 +54,7 @@ def test_plain_prompts(directories):
     tokenizer = with_prompt_format(load_tokenizer(directories.llama()), "Q: {body}\nA:")
     assert tokenizer.prompt_ids(ITEM) == [0, *tokenizer.encode("Q: 2+3?\nA:")]
     assert tokenizer.completion_ids(ITEM, " 5") == [*tokenizer.encode(" 5"), tokenizer.eos_id]
-    with pytest.raises(ValueError, match=r"item 0 .* a conversation of 1 messages, which a plain prompt format"):
+    with pytest.raises(ValueError, match=r"item 0 .* a conversation of 1 message, which a plain prompt format"):
         encode_prompts(
             [ITEM | {"messages": [{"role": "user", "content": "x"}]}],
             tokenizer,

@@ -111,7 +111,7 @@ def test_a_directory_is_its_files_in_order_or_its_splits(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.csv", b"a,b\n1,2\n3\n", "a.csv, line 3: 1 cells, but the first line has 2 columns"),
+        ("a.csv", b"a,b\n1,2\n3\n", "a.csv, line 3: 1 cell, but the first line has 2 columns"),
         ("a.csv", b"a,a\n1,2\n", r"has the columns \['a', 'a'\]; its first line must give each column a unique name"),
         ("a.csv", b'a,b\n1,"2\n', "is not CSV: unexpected end of data"),
         ("a.csv", b"a\n\xff\n", "is not text in UTF-8"),

@@ -304,7 +304,7 @@ def test_ties_and_equal_sides_are_dropped_and_counted_as_told(tmp_path):
     found = judged_groups(write(tmp_path / "a.jsonl", lines), "pairs", unusable="drop")
     assert (len(found.groups), found.dropped) == (2, {"equal completions": 1, "ties": 2})
     assert fed(tmp_path, "pairs", lines=lines, unusable="drop").dropped == {"equal completions": 1, "ties": 2}
-    with pytest.raises(ValueError, match=r"1 rows, which were all dropped \(equal completions\)"):
+    with pytest.raises(ValueError, match=r"1 row, of which none is usable \(equal completions\)"):
         judged_groups(write(tmp_path / "a.jsonl", lines[2:3]), "pairs", unusable="drop")
     with pytest.raises(ValueError, match="unusable is 'keep'; it must be error or drop"):
         judged_groups(tmp_path / "a.jsonl", "pairs", unusable="keep")

@@ -160,7 +160,7 @@ def test_other_problems_cannot_be_compared():
 def test_forgetting_is_what_was_lost_since_the_best():
     history = [{"a": 0.5, "b": 0.1}, {"a": 0.9, "b": 0.2}, {"a": 0.6, "b": 0.2}]
     assert forgetting(history) == pytest.approx(0.15)
-    with pytest.raises(ValueError, match="1 checkpoints"):
+    with pytest.raises(ValueError, match="1 checkpoint;"):
         forgetting(history[:1])
     with pytest.raises(ValueError, match="use the same"):
         forgetting([{"a": 1.0}, {"b": 1.0}])

@@ -193,7 +193,7 @@ def test_networks_read_the_tokens_of_the_policy(tmp_path):
         (tmp_path / name / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<end>"}))
     policy = SimpleNamespace(backend=words)
     require_tokens_of_policy({"reward": tmp_path / "same", "teacher": tmp_path}, policy)
-    with pytest.raises(ValueError, match=r"networks\.reward\.path .* \(2 tokens have other ids, .*module:function"):
+    with pytest.raises(ValueError, match=r"networks\.reward\.path .* \(other ids of 2 tokens, .*module:function"):
         require_tokens_of_policy({"reward": tmp_path / "other"}, policy)
     with pytest.raises(ValueError, match="whose tokenizer differs from the policy's, but"):
         require_tokens_of_policy({"reward": tmp_path / "same"}, CharacterTokenizer())

@@ -233,3 +233,15 @@ def test_units_say_what_a_config_implies():
     assert re.search(r"sequences_per_step .* 16,384 .* prompts_per_step 1024 x samples_per_prompt 16", shown)
     assert re.search(r"dtype .* bfloat16", shown)
     assert re.search(r"learning_rate .* 1e-06", shown)
+
+
+def test_an_evaluation_on_the_validation_split_is_one_line():
+    console = plain(200)
+    progress = Progress(total=200, stage="grpo", console=console)
+    progress.validation(50, {"validation/pass@10": 0.75, "validation/greedy": 0.5, "validation/pass@2": 0.625})
+    progress.validation(50, {})
+    progress.validation(50, {"validation/problems": 12, "validation/source/a/pass@1": 0.5, "validation/maj@2": 0.6})
+    assert console.file.getvalue().splitlines() == [
+        "grpo 50/200  validation: greedy 50.0%, pass@2 62.5%, pass@10 75.0%",
+        "grpo 50/200  validation: maj@2 60.0%",
+    ]

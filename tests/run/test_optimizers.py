@@ -161,9 +161,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_others_are_taken_as_e
 def test_a_warm_up_longer_than_the_run_is_told():
     assert long_warmup(TrainingConfig(steps=10, minibatches_per_epoch=2, warmup_steps=19)) == ""
     said = long_warmup(TrainingConfig(steps=10, minibatches_per_epoch=2, warmup_steps=20, learning_rate=0.1))
-    assert said.startswith(
-        "training.warmup_steps is 20, but there are only 20 updates, so the learning rate never reaches"
-    )
+    assert said.startswith("training.warmup_steps is 20, but there are 20 updates, so the learning rate never reaches")
     assert long_warmup(TrainingConfig(steps=0)) == ""
 
 

@@ -122,7 +122,7 @@ def test_an_answer_that_a_verifier_cannot_use_is_named_with_its_row(micro_config
     sets = data_sets(built.config)
     assert "eight" in [row["answer"] for row in sets["train"]]
     with pytest.raises(
-        ValueError, match=r"reward 'number_match': the reference answer of row 8 is 'eight', .* 1 of the"
+        ValueError, match=r"reward 'number_match': the reference answer of line 8 of .*a.jsonl is 'eight', .* 1 of the"
     ):
         require_usable_answers(built, sets)
 
@@ -133,7 +133,7 @@ def test_a_column_that_some_rows_lack_is_named_with_the_row(made):
     del sets["train"][4]["hardness"], sets["train"][4]["raw"]["hardness"]
     row = sets["train"][4]["item_id"] + 1
     with pytest.raises(
-        ValueError, match=rf"'graded' reads the column 'hardness', which 1 of \d+ .* such as row {row} "
+        ValueError, match=rf"'graded' reads the column 'hardness', which 1 of \d+ .* such as line {row} of "
     ):
         require_columns(built, sets)
 
@@ -162,7 +162,7 @@ def test_bad_lines_speak_before_the_tables(micro_yaml, tmp_path, capsys):
     out, err = capsys.readouterr()
     assert out == ""
     assert err.count("a.jsonl") == 1
-    assert "a.jsonl has 1 lines that cannot be used; repair them: line 2: not JSON" in err
+    assert "a.jsonl has 1 line that cannot be used; repair it: line 2: not JSON" in err
 
 
 @pytest.mark.slow

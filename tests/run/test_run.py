@@ -84,7 +84,8 @@ def test_what_one_looks_for_in_the_metrics_is_there(finished_run):
     warm = [line["learning_rate"] for line in lines[:WARM]]
     assert warm == pytest.approx([0.0, 0.01, *[0.02] * 8])
     assert "answer_format ≥ 1" in finished_run.shown
-    assert "pass@1" not in finished_run.shown.split("evaluation")[0]
+    assert re.search(r"warm start 5/10  validation: pass@1 [\d.]+%\n", finished_run.shown)
+    assert re.search(r"reinforcement 3/8  validation: greedy [\d.]+%, pass@1 [\d.]+%, pass@2 ", finished_run.shown)
 
 
 def test_samples_are_text_with_its_rewards(finished_run):

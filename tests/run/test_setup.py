@@ -267,7 +267,7 @@ def test_a_run_goes_on_with_the_slices_that_are_there(there, sizes, taken):
 def test_a_config_of_two_slices_on_one(micro_config):
     built = parts(parse_config(micro_config, ["mesh.slices=2"], vocabulary_size=VOCABULARY))
     assert built.step.composition.resources.placement.mesh is None
-    with pytest.raises(ValueError, match=r"mesh.slices 2 x mesh.fsdp 2 is 4, but there are 1 devices"):
+    with pytest.raises(ValueError, match=r"mesh.slices 2 x mesh.fsdp 2 is 4, but there is 1 device;"):
         parts(parse_config(micro_config, ["mesh.slices=2", "mesh.fsdp=2"], vocabulary_size=VOCABULARY))
 
 

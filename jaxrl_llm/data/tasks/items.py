@@ -233,6 +233,40 @@ def record(element: Item | Mapping[str, Any], index: int) -> dict[str, Any]:
     return defaults | found | {name: int(found.get(name, defaults[name])) for name in ("level", "item_id")}
 
 
+# Fields of every record; a row of a file has those that are its columns, and the others are defaults.
+_DEFAULTS = frozenset({"think", "task", "level", "domain"})
+_OF_PIPELINE = frozenset({"body", "item_id", "messages", "prefix", "raw", "response", "row_of_file"})
+
+
+def defaults_of(item: Mapping[str, Any]) -> frozenset[str]:
+    """Names that a record of a file has only by default; empty for problems of a built-in task.
+
+    >>> sorted(defaults_of({"level": 2, "task": "", "raw": {"level": 2}}))
+    ['domain', 'task', 'think']
+    """
+    return _DEFAULTS - item["raw"].keys() if "raw" in item else frozenset()
+
+
+def own_columns(item: Mapping[str, Any]) -> dict[str, Any]:
+    """The columns of a record: of a file its own, and what the pipeline adds, such as `data_source`.
+
+    >>> own_columns({"item_id": 0, "body": "1+2", "answer": "3", "level": 0, "raw": {"question": "1+2", "sum": "3"}})
+    {'question': '1+2', 'sum': '3'}
+    """
+    raw = item.get("raw", {})
+    hidden = _OF_PIPELINE | ({"answer"} if "raw" in item else set()) | defaults_of(item)
+    return {name: value for name, value in item.items() if name not in hidden} | raw
+
+
+def named_item(item: Mapping[str, Any]) -> str:
+    """A record in messages: the row of its file, or its number.
+
+    >>> named_item({"item_id": 4}), named_item({"item_id": 4, "row_of_file": "line 5 of a.jsonl"})
+    ('item 4', 'line 5 of a.jsonl')
+    """
+    return item.get("row_of_file") or f"item {item.get('item_id', 0)}"
+
+
 def _text(value: Any) -> str:
     return value.decode() if isinstance(value, bytes) else str(value)
 
