@@ -16,6 +16,7 @@ from jaxrl_llm import cli
 from jaxrl_llm.commands import sample as sample_command
 from jaxrl_llm.commands.sample import show
 from jaxrl_llm.data import CharacterTokenizer, encode_prompts, load_tokenizer, with_chat
+from jaxrl_llm.experience import without_end
 from jaxrl_llm.models.weights import longest_context
 from jaxrl_llm.rollout import Drawn, generate
 from jaxrl_llm.run.restored import Policy, restored_policy
@@ -106,7 +107,7 @@ def assert_generated(entries, made):
     for row, entry in enumerate(entries):
         own = slice(0, made.length[row])
         assert entry["tokens"] == made.tokens[row][own].tolist()
-        assert entry["completion"] == TOKENIZER.decode(entry["tokens"])
+        assert entry["completion"] == TOKENIZER.decode(without_end(entry["tokens"], TOKENIZER.eos_ids))
         assert entry["truncated"] == made.truncated[row]
         np.testing.assert_allclose(entry["logprobs"], made.behaviour_logprobs[row][own], atol=1e-5)
 
@@ -187,6 +188,8 @@ def test_what_stays_broken_is_shown_at_the_end(chatting):
 
 def test_text_that_later_tokens_change_is_written_again(chatting):
     class Changing:
+        eos_ids = ()
+
         def decode(self, ids):
             return {1: "x", 2: "y "}[len(ids)]
 
