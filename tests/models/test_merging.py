@@ -69,7 +69,7 @@ def test_what_dare_drops_is_made_up_for_on_average():
     ("call", "message"),
     [
         (lambda: merging.averaged([tree(1), tree(2)], [1, -1]), "sum to 0"),
-        (lambda: merging.averaged([tree(1), tree(2)], [1]), "weights has 1 numbers for 2 models"),
+        (lambda: merging.averaged([tree(1), tree(2)], [1]), "weights has 1 number for 2 models"),
         (lambda: merging.averaged([tree(1), {"b": jnp.ones(1)}]), "model 1 has different parameters"),
         (lambda: merging.spherical(tree(1), tree(1, 2)), r"\['a'\] has the shapes"),
         (lambda: merging.dropped_and_rescaled(tree(1), tree(1), share=1.0), "share"),

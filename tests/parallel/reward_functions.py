@@ -16,7 +16,7 @@ def second_vowel(completion):
 
 def first_letter(completions):
     """The first letter of each, as text."""
-    return [text[0] for text in completions]
+    return [text[:1] for text in completions]
 
 
 def vowel_share(completions, answers):
@@ -25,4 +25,4 @@ def vowel_share(completions, answers):
     if os.environ.get("REWARD_FAILS") and len(completions) > 2:  # not where it is tried on two rows
         raise RuntimeError("the judge is out of office")
     assert len(completions) == len(answers)
-    return [sum(letter in "aeiouAEIOU02468" for letter in text) / len(text) for text in completions]
+    return [sum(letter in "aeiouAEIOU02468" for letter in text) / max(1, len(text)) for text in completions]

@@ -23,7 +23,7 @@ def test_an_error_of_an_environment_names_the_log_of_its_process(tmp_path, monke
     @contextmanager
     def opened_parts(built, **options):
         given.update(options)
-        yield Parts(*[None] * 5, SimpleNamespace(), call=lambda name, calls: [Returned(error="raised OSError: no")])
+        yield Parts(*[None] * 8, call=lambda name, calls: [Returned(error="raised OSError: no")])
 
     monkeypatch.setattr(host_processes, "opened_parts", opened_parts)
     config: Any = SimpleNamespace(directory=tmp_path, place="s3://bucket/run")

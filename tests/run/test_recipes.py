@@ -200,7 +200,7 @@ def test_an_annotation_that_cannot_be_resolved_is_not_checked():
         (reward_terms, [{"exact_answer": 0.5}], "neither a name, nor"),
         (reward_terms, [{"python": "my_methods:brevty"}], "'my_methods' has no 'brevty'"),
         (reward_terms, [{"python": "my_methods:a_number"}], "is not a function"),
-        (reward_terms, [{"python": "no_such_module:f"}], "importing 'no_such_module' failed: .* put the module in"),
+        (reward_terms, [{"python": "no_such_module:f"}], "importing 'no_such_module' failed: .* set PYTHONPATH to it"),
         (reward_terms, [{"python": "my_methods:scored"}], "needs bonus"),
         (reward_terms, [{"python": "my_methods:brevity", "limit": 2.5}], r"limit is 2\.5: .* integer"),
         (reward_terms, [{"python": "my_methods:brevity", "limits": 2}], r"did you mean 'limit'\?"),

@@ -53,7 +53,7 @@ def test_a_branch_leaves_the_warm_start_out_and_says_so(config):
 )
 def test_a_long_warm_up_is_told_with_its_own_key_until_the_stage_is_over(config, meta, keys):
     said = before_the_steps(config(), STAGES, meta)
-    assert [each.partition(".warmup_steps is 20, but there are only")[0] for each in said] == keys
+    assert [each.partition(".warmup_steps is 20, but there are ")[0] for each in said] == keys
 
 
 def run(tmp_path, before=70):
@@ -92,7 +92,7 @@ def test_remarks_name_the_step_of_the_records_too(tmp_path):
     held, remarks = run(tmp_path), Remarks()
     remarks.on(held, ending, 1, {"reward": 1.0}, 16)
     (said,) = remarks.on(held, ending, 2, {"reward": 0.0}, 16)
-    assert "at step 1 of the reinforcement (71 in metrics.jsonl), for 1 values" in said
+    assert "at step 1 of the reinforcement (71 in metrics.jsonl), for 1 value" in said
     for before, where in ((0, "step 1 of the warm start: "), (70, "step 1 of the warm start (71 in metrics.jsonl): ")):
         remarks = Remarks()
         for done in range(-8, 1):

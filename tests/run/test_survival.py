@@ -292,7 +292,7 @@ def test_ctrl_c_before_the_steps_is_one_line(finished_run, micro_yaml, tmp_path,
         "export": [str(finished_run.directory), str(tmp_path / "out")],
         "train": [str(micro_yaml), f"run_dir={tmp_path / 'run'}"],
     }[command]
-    monkeypatch.setattr("jaxrl_llm.run.setup.make_train_step", interrupted)  # which all of them call first
+    monkeypatch.setattr("jaxrl_llm.run.policy_parts.described_policy", interrupted)  # which all of them call first
     assert cli.main([command, *words]) == 130
     said = capsys.readouterr().err.strip()
     assert "\n" not in said

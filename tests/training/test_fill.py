@@ -286,8 +286,8 @@ def test_coefficients_are_numbers_functions_and_methods_of_rows_and_metrics(bigr
 
 
 def test_a_reading_may_give_a_number_a_token_or_a_row_for_whichever_its_name_takes(bigram, make_prompts):
-    def both(completions):
-        return [len(text) for text in completions], [np.arange(len(text)) + 1.0 for text in completions]
+    def both(completions, length):
+        return length.astype(float).tolist(), [np.arange(count) + 1.0 for count in length]
 
     def weighted(logprobs, advantages, token_weight, mask):
         return losses.policy_gradient(logprobs, advantages * token_weight, mask)

@@ -206,7 +206,7 @@ def judged(model, view, **changed):
 
 def behind_the_first_token(prompt, completion, answer):
     """The answer after problem and first token; rows that begin with an even token have none."""
-    first = int(completion.split()[0])
+    first = int((completion or "2").split()[0])  # nothing but the end of sequence, 2
     return None if first % 2 == 0 else (f"{prompt} {first}", answer)
 
 
