@@ -11,7 +11,7 @@ _WEIGHT = "_weight"
 
 
 def reward_rows(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """One row for each reward of the last stage with rewards, and one for their sum if it is not the reward itself.
+    """One row for each reward of the last stage with rewards, and one for their sum; none for one reward of weight 1.
 
     A row has `name` (None for the sum), `weight`, `first` and `last` (means over the first and the last tenth of the
     stage's steps; None if the reward applied to no completion), and `adds_first` and `adds_last`: the weight times the
@@ -36,12 +36,11 @@ def reward_rows(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             row[when] = _mean([record[key] for record in part if key in record])
             row[f"adds_{when}"] = _mean([weight * record.get(key, 0.0) * _applies(key, record) for record in part])
         rows.append(row)
-    if rows and (len(rows) > 1 or rows[0]["weight"] != 1):
-        whole = {
-            when: _mean([record["reward"] for record in part if "reward" in record]) for when, part in parts.items()
-        }
-        rows.append({"name": None, "weight": None} | whole | {f"adds_{when}": mean for when, mean in whole.items()})
-    return rows
+    if not rows or (len(rows) == 1 and rows[0]["weight"] == 1):
+        return []
+    whole = {when: _mean([record["reward"] for record in part if "reward" in record]) for when, part in parts.items()}
+    total = {"name": None, "weight": None} | whole | {f"adds_{when}": mean for when, mean in whole.items()}
+    return [*rows, total]
 
 
 def reward_tables(runs: Sequence[ReportedRun], groups: Sequence[str]) -> list[tuple[str, int, list[dict[str, Any]]]]:
