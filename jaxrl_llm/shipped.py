@@ -52,7 +52,8 @@ def config_path(word: str) -> Path:
       ValueError: for a missing file, with the nearest one.
     """
     path = Path(word)
-    if os.path.exists(path):  # False as well for a name that is too long
+    # A folder of runs may have the name of a recipe. Both are False for a name that is too long.
+    if os.path.exists(path) and not (word.isidentifier() and os.path.isdir(path)):
         return path
     if too_long_a_path(word) is not None:
         raise ValueError(f"config {word[:60]}... does not exist: its name is too long; give the path of a YAML file")

@@ -15,7 +15,7 @@ import pytest
 
 import jaxrl_llm
 from jaxrl_llm.bounds import file_bytes, natural, parsed_json, shown
-from jaxrl_llm.config import ConfigError, load_config, parse_config
+from jaxrl_llm.config import ConfigError, load_config, parse_config, read_tree
 from jaxrl_llm.data import fields_of, load_tokenizer, problem_sets, tasks
 from jaxrl_llm.data.chat import ChatTemplate
 from jaxrl_llm.data.written import judged_groups
@@ -24,7 +24,7 @@ from jaxrl_llm.models.families import FAMILIES, config_from_json
 from jaxrl_llm.models.weights import load_model
 from jaxrl_llm.rewards.verifiers.numbers import extract_number, parsed_number
 from jaxrl_llm.run.setup import parts
-from jaxrl_llm.shipped import config_path
+from jaxrl_llm.shipped import config_path, recipe_path
 from jaxrl_llm.signatures import renamed
 from jaxrl_llm.terms import Update
 from jaxrl_llm.training import Network, Rollout
@@ -103,6 +103,14 @@ def test_a_config_that_cannot_be_is_refused_shortly(tmp_path, text, message):
 def test_a_name_that_is_too_long_for_a_file_is_no_config():
     with pytest.raises(ValueError, match=r"config x+\.\.\. does not exist: its name is too long"):
         config_path("x" * 300)
+
+
+def test_a_folder_with_the_name_of_a_recipe_is_no_config(tmp_path, monkeypatch):
+    (tmp_path / "demo").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert config_path("demo") == recipe_path("demo")
+    (tmp_path / "own.yaml").write_text("extends: demo\n")
+    assert read_tree("own.yaml")["task"] == read_tree(recipe_path("demo"))["task"]
 
 
 def test_a_config_is_a_regular_file(tmp_path):

@@ -148,7 +148,7 @@ def _base_path(path: Path, base: Any) -> Path:
         raise ConfigError(
             f"config {path} has extends {shown(base)}; it must be the path of one YAML file, or the name of a recipe"
         )
-    if not base.isidentifier() or (path.parent / base).exists():
+    if not base.isidentifier() or (path.parent / base).is_file():
         return path.parent / base
     try:
         return recipe_path(base)
