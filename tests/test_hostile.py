@@ -110,7 +110,7 @@ def test_a_folder_with_the_name_of_a_recipe_is_no_config(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert config_path("demo") == recipe_path("demo")
     (tmp_path / "own.yaml").write_text("extends: demo\n")
-    assert read_tree(Path("own.yaml"))["task"] == read_tree(recipe_path("demo"))["task"]
+    assert read_tree(tmp_path / "own.yaml")["task"] == read_tree(recipe_path("demo"))["task"]
 
 
 def test_a_config_is_a_regular_file(tmp_path):
