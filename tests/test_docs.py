@@ -184,6 +184,7 @@ def test_every_kind_of_judged_completions_has_a_line_in_the_formats():
 
 
 @functools.cache
+@functools.cache
 def anchors(path):
     """The anchors of a page, as GitHub and the site make them."""
     headings = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```", "", path.read_text(), flags=re.M | re.S), re.M)

@@ -470,8 +470,11 @@ def test_prompts_are_talked_about_until_they_have_enough_of_both_kinds(model, pa
         pytest.param(plain(samples_per_prompt=4), marks=pytest.mark.slow),
         pytest.param(demonstration_in_group(plain(samples_per_prompt=4), **WIDTHS), marks=pytest.mark.slow),
         pytest.param(in_rounds(4, max_rounds=2, samples_per_round=4), marks=pytest.mark.slow),
-        resumed(from_the_start),
-        mixed_temperature(plain(samples_per_prompt=4), samples_per_prompt=4, prompt_share=1.0, temperature=1.5),
+        pytest.param(resumed(from_the_start), marks=pytest.mark.slow),
+        pytest.param(
+            mixed_temperature(plain(samples_per_prompt=4), samples_per_prompt=4, prompt_share=1.0, temperature=1.5),
+            marks=pytest.mark.slow,
+        ),
         budget(plain(samples_per_prompt=4), samples_per_prompt=4, prompt_ids=1, least=1, most=8),
         pytest.param(by_priority(clock="rollouts"), marks=pytest.mark.slow),
         pytest.param(refilled(samples=4, max_rounds=2), marks=pytest.mark.slow),

@@ -90,7 +90,9 @@ def test_a_reward_that_fails_says_so_before_a_step(made):
         try_rewards(*made("broken", {"hardness": 3}))
 
 
-@pytest.mark.parametrize("function", [broken, one_for_all, worded])
+@pytest.mark.parametrize(
+    "function", [broken, *(pytest.param(one, marks=pytest.mark.slow) for one in (one_for_all, worded))]
+)
 def test_a_reward_that_cannot_work_is_refused_whatever_its_value_on_failure(made, function):
     with pytest.raises(RewardError, match=f"'{function.__name__}' (raised|returned)"):
         try_rewards(*made(function.__name__, {"hardness": 3}, value_on_failure=0.0))

@@ -120,6 +120,7 @@ def test_dpo_learns_from_a_file_of_pairs(micro):
     assert seen[-1]["preferred_share/dpo"] > 0.6
 
 
+@pytest.mark.slow
 def test_dpo_with_the_reference_of_its_file_is_dpo_without_a_reference(micro, files, tmp_path):
     config = micro("dpo", "pairs")
     built = parts(config)
@@ -173,6 +174,7 @@ def test_kto_scores_mismatched_completions_within_a_microbatch(micro):
         learned(micro("kto", "labels", "training.sequences_per_microbatch=1"), 1)
 
 
+@pytest.mark.slow
 def test_a_reward_model_learns_from_pairs_and_the_policy_from_its_scores(micro, tmp_path):
     config = micro("reward_model_then_rl", "pairs")
     model, policy = config.stages
