@@ -99,8 +99,9 @@ def small(tree: dict[str, Any], steps: int = STEPS, sequences: int = SEQUENCES) 
     for stage in tree.get("stages", []):
         stage.setdefault("training", {}).setdefault("steps", steps // len(tree["stages"]))
     warm = WARM | {"stop_at_accuracy": size["stop"]} if tree["warm_start"]["steps"] else tree["warm_start"]
-    if tree["warm_start"].get("stop_at_accuracy", 0.42) == 0.65:  # without labels the start has to be right mostly
-        warm["stop_at_accuracy"] = 0.65
+    own = tree["warm_start"].get("stop_at_accuracy")
+    if tree["warm_start"]["steps"] and own is not None and abs(own - size["stop"]) > 0.14:
+        warm["stop_at_accuracy"] = own  # a recipe that needs a policy that is right mostly, or hardly ever
     evaluated = any(metric.startswith("validation/") for metric in tree.get("shows", {}))
     return tree | {
         "model": MODEL,
