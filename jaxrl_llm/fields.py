@@ -350,12 +350,8 @@ def remedy(name: str, available: Collection[str]) -> str:
     if field is None and (found := score_named(name, [*HEADS, *(f"{head}_target" for head in HEADS)])):
         return f"{PROVIDERS['head']}: {found.network}"
     if field is None or field.provider in ("rollout", "step"):
-        known = (
-            ""
-            if field is not None
-            else " (in a loop of your own, columns of the data are named in Resources(columns=...))"
-        )
-        return nearest(name, available) + known
+        columns = " (in a loop of your own, columns of the data are named in Resources(columns=...))"
+        return nearest(name, available) + columns * (field is None)
     text = PROVIDERS[field.provider]
     if field.fillable and field.provider in ("credit", "environment"):
         text += f", for example {_EXAMPLES.get(name, name + ': your own function')}"

@@ -85,8 +85,7 @@ def refusals(config: Config) -> list[str]:
         return found
     stages = [Stage(**each) for each in described]
     built = stages[-1].parts
-    overlap = tried(data_sets, built.config) is None
-    sets = data_sets(built.config, overlap="keep") if overlap else data_sets(built.config)
+    sets = tried(data_sets, built.config) or data_sets(built.config, overlap="keep")
     for stage in stages:
         own = tried(own_data, stage, stages[-1], sets) or {}
         for check in (require_answers, require_columns, require_usable_answers):
