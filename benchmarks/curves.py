@@ -7,8 +7,9 @@ A recipe is run as `jaxrl train` runs it, with its own functions and hyper-param
 model, the length of the problems and the batch are those of `SMALL`, so that a run takes about a minute on one core.
 All seeds and recipes of a task start from one warm-started policy, which is kept in the cache of the user. Recipes that
 want judged completions get a right and a wrong answer of that policy to each problem, those that want a teacher get one
-that was warm-started for longer. What is written, docs/curves/NAME.json, is the mean of each metric over `BINS` parts
-of the run, for each seed; a run with stages of another kind before counts from where what it shows is first measured.
+that was warm-started for longer, those that ask a judge get its stand-in. What is written, docs/curves/NAME.json, is
+the mean of each metric over `BINS` parts of the run, for each seed; a run with stages of another kind before counts
+from where what it shows is first measured.
 """
 
 from __future__ import annotations
@@ -36,8 +37,12 @@ from jaxrl_llm.data import CharacterTokenizer
 from jaxrl_llm.run.train import train
 
 sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1] / "docs" / "examples"))
 import curve_files
+from judge_stand_in import StandIn
 
+# The address that recipes with a judge name; they say how its stand-in is started.
+JUDGE = "http://localhost:8000"
 CURVES = Path(__file__).parents[1] / "docs" / "curves"
 STEPS, SEQUENCES, BINS, SEEDS = 60, 256, 20, 3
 
@@ -216,6 +221,8 @@ def measured(
     """
     tree = small(read_tree(shipped.recipe_path(name)), steps, sequences)
     start, runs = supplied(tree, warm_started(tree, cache), cache), []
+    if JUDGE in json.dumps(start):
+        start = json.loads(json.dumps(start).replace(JUDGE, StandIn().start().described()["url"]))
     for seed in range(seeds):
         directory = cache / "runs" / f"{name}-{seed}-{digest(start)}"
         if again or not (directory / "summary.json").exists():
