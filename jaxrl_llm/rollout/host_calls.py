@@ -7,18 +7,21 @@ import os
 import queue
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from jaxrl_llm.sandbox import Returned, Workers
-from jaxrl_llm.sandbox.workers import BARE
+from jaxrl_llm.sandbox.workers import BARE, MOST_OUTPUT
 
 Executor = Literal["thread", "process", "sandbox"]
 
 # (name of a function, one tuple of arguments per call) -> the outcome of each call, in order.
 Caller = Callable[[str, Sequence[tuple[Any, ...]]], list[Returned]]
+
+_LOGGING = threading.Lock()
 
 
 @contextlib.contextmanager
@@ -42,7 +45,7 @@ def caller(
         environment variables, which return plain data. None is "thread".
       workers: number of simultaneous calls; None: 8 threads, or one process per core, at most 8.
       deadline_seconds: longest duration of each call, from its start.
-      log: file of the output and the tracebacks of processes; None drops them.
+      log: file of the tracebacks, and of the output of processes; None drops them.
       stop: called while waiting for a process; an exception in it ends the calls.
 
     Raises:
@@ -55,7 +58,7 @@ def caller(
     if isinstance(deadline_seconds, bool) or not 0 < deadline_seconds < float("inf"):
         raise ValueError(f"deadline_seconds is {deadline_seconds!r}; it must be above 0 and finite")
     if executor in (None, "thread"):
-        yield lambda name, calls: _in_threads(functions[name], calls, workers or 8, deadline_seconds)
+        yield lambda name, calls: _in_threads(functions[name], calls, workers or 8, deadline_seconds, log)
         return
     isolated = executor == "sandbox"
     try:
@@ -87,7 +90,11 @@ def can_be_sent(functions: Mapping[str, Callable[..., Any]]) -> bool:
 
 
 def _in_threads(
-    function: Callable[..., Any], calls: Sequence[tuple[Any, ...]], workers: int, deadline: float
+    function: Callable[..., Any],
+    calls: Sequence[tuple[Any, ...]],
+    workers: int,
+    deadline: float,
+    log: Path | None = None,
 ) -> list[Returned]:
     finished: queue.SimpleQueue[tuple[int, Returned]] = queue.SimpleQueue()
 
@@ -95,6 +102,7 @@ def _in_threads(
         try:
             returned = Returned(function(*calls[number]))
         except BaseException as error:
+            _logged(log, error)
             returned = Returned(error=f"raised {_told(error)}")
         finished.put((number, returned))
 
@@ -122,6 +130,17 @@ def _in_threads(
 def _late(since: Mapping[int, float], deadline: float) -> list[int]:
     now = time.monotonic()
     return [number for number, at in since.items() if now - at >= deadline]
+
+
+def _logged(log: Path | None, error: BaseException) -> None:
+    """Append the traceback of an error to the log; once that is as large as logs of processes may be, none is added."""
+    if log is None:
+        return
+    with _LOGGING, contextlib.suppress(OSError):
+        log.parent.mkdir(parents=True, exist_ok=True)
+        if not log.exists() or log.stat().st_size < MOST_OUTPUT:
+            with log.open("a") as file:
+                traceback.print_exception(error, file=file)
 
 
 def _told(error: BaseException) -> str:

@@ -53,7 +53,7 @@ def _logs(config: Config) -> tuple[Path, str]:
 
 @contextmanager
 def opened_environment(config: Config, built: Parts, stop: Callable[[], None]) -> Iterator[Parts]:
-    """`opened_parts`, for a run: processes of its Python environment log to `environment.log` in the run directory.
+    """`opened_parts`, for a run: its Python environment logs to `environment.log` in the run directory.
 
     Args:
       config: of the run.
@@ -61,21 +61,23 @@ def opened_environment(config: Config, built: Parts, stop: Callable[[], None]) -
       stop: called before each turn, and while waiting for a process; may raise to end the run.
     """
     logs, place = _logs(config)
-    apart = isinstance(built.environment, HostEnvironment) and built.environment.executor in ("process", "sandbox")
-    told = f"{place}/{ENVIRONMENT_LOG}" if apart else None
+    told = None
+    if isinstance(built.environment, HostEnvironment):
+        apart = built.environment.executor in ("process", "sandbox")
+        told = f"its traceback {'and output are' if apart else 'is'} in {place}/{ENVIRONMENT_LOG}"
     with opened_parts(built, log=logs / ENVIRONMENT_LOG, stop=stop) as ready:
         yield replace(ready, call=attentive(ready.call, stop, told))
 
 
-def attentive(call: Caller | None, stop: Callable[[], None], log: str | None = None) -> Caller | None:
-    """A caller of an environment that calls `stop` before each turn, and names the log in the errors of calls."""
+def attentive(call: Caller | None, stop: Callable[[], None], told: str | None = None) -> Caller | None:
+    """A caller of an environment that calls `stop` before each turn, and adds to errors of calls where their log is."""
     if call is None:
         return None
 
     def named(result: Returned) -> Returned:
-        if log is None or result.error is None:
+        if told is None or result.error is None:
             return result
-        return result._replace(error=f"{result.error} (its traceback and output are in {log})")
+        return result._replace(error=f"{result.error} ({told})")
 
     def asked(name: str, calls: Sequence[tuple[Any, ...]]) -> list[Returned]:
         stop()

@@ -131,11 +131,12 @@ def test_a_failure_ends_the_run_with_a_sentence(text, message):
     assert time.monotonic() - begun < 10
 
 
-def test_a_failure_can_be_answered_instead():
+def test_a_failure_can_be_answered_instead(tmp_path):
     environment = ENVIRONMENT._replace(
         deadline_seconds=0.2, on_failure="observation", failure_reward=-1.0, failure_observation="<o>bad</o>"
     )
-    with opened(environment) as call:
+    log = tmp_path / "logs" / "environment.log"
+    with opened(environment, log=log) as call:
         episodes = host_started(environment, ITEMS, call)
         episodes, seen = taken(environment, episodes, ["a<n>", "hang<n>", "raise<n>"], call)
         assert seen == ["<o>1</o>", "", ""]
@@ -146,6 +147,9 @@ def test_a_failure_can_be_answered_instead():
         episodes, seen = taken(going_on, host_started(environment, ITEMS, call), ["a<n>", "hang<n>", "raise<n>"], call)
         assert seen == ["<o>1</o>", "<o>bad</o>", "<o>bad</o>"]
         assert [state["turns"] for state in episodes.states] == [1, 0, 0]
+    written = log.read_text()
+    assert written.count("Traceback") == written.count("RuntimeError: no such file") == 2
+    assert "in step" in written
 
 
 def test_many_hanging_calls_cost_one_deadline_a_worker():

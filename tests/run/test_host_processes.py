@@ -15,8 +15,11 @@ from jaxrl_llm.run.setup import Parts
 from jaxrl_llm.sandbox import Returned
 
 
-@pytest.mark.parametrize(("executor", "named"), [("process", True), ("sandbox", True), ("thread", False)])
-def test_an_error_of_an_environment_names_the_log_of_its_process(tmp_path, monkeypatch, executor, named):
+@pytest.mark.parametrize(
+    ("executor", "kept"),
+    [("process", "traceback and output are"), ("sandbox", "traceback and output are"), ("thread", "traceback is")],
+)
+def test_an_error_of_an_environment_names_its_log(tmp_path, monkeypatch, executor, kept):
     environment = HostEnvironment(lambda item: 0, lambda state, text: state, 1, 1, 1, (0,), executor=executor)
     given, stops = {}, []
 
@@ -36,5 +39,4 @@ def test_an_error_of_an_environment_names_the_log_of_its_process(tmp_path, monke
         host_step(environment, [0], ["a"], ready.call)
     assert given == {"log": tmp_path / "logs" / "environment.log", "stop": stop}
     assert stops
-    told = "(its traceback and output are in s3://bucket/run/logs/environment.log)" in str(caught.value)
-    assert told == named
+    assert f"(its {kept} in s3://bucket/run/logs/environment.log)" in str(caught.value)
