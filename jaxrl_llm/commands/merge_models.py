@@ -13,7 +13,9 @@ from jaxtyping import PyTree
 
 from jaxrl_llm.bounds import counted
 from jaxrl_llm.commands.arguments import require_package
+from jaxrl_llm.commands.model_files import with_own_tokenizer
 from jaxrl_llm.commands.tables import show_report
+from jaxrl_llm.data import Tokenizer
 from jaxrl_llm.models import load_reward_model, merging, save_model, save_reward_model
 from jaxrl_llm.models.checkpoint_files import read_json
 from jaxrl_llm.models.sequence_classifiers import holds_reward_model
@@ -67,8 +69,8 @@ def merge_models(
     require_package("safetensors", "hf", "writing safetensors files")
     _require_options(paths, method, weights, base, share)
     read = {path: _read(path) for path in {*paths, *([] if base is None else [base])}}
-    model, _, source = read[paths[0]]
-    for path, (_, params, _) in read.items():
+    model, _, source, tokenizer = read[paths[0]]
+    for path, (_, params, *_) in read.items():
         if _shapes(params) != _shapes(read[paths[0]][1]):
             raise ValueError(f"{path} has other parameters than {paths[0]}; merge models of one architecture")
     merged = _merged(
@@ -78,7 +80,7 @@ def merge_models(
         pad_id = read_json(Path(paths[0]) / "config.json").get("pad_token_id")
         files = save_reward_model(out, merged, model.config, source=source, pad_id=pad_id)
     else:
-        files = save_model(out, merged, model.config, source=source)
+        files = save_model(out, merged, model.config, source=source) + with_own_tokenizer(out, tokenizer)
     return {
         "models": ", ".join(paths),
         "method": method,
@@ -86,7 +88,7 @@ def merge_models(
         "base": base or "none",
         "written to": out,
         "files": [file.name for file in files],
-        "tokenizer": f"that of {paths[0]}" if source else "none: the built-in tokenizer has no file of this kind",
+        "tokenizer": f"that of {paths[0]}" if source else "the built-in one",
     }
 
 
@@ -134,11 +136,11 @@ def _require_options(paths: Sequence[str], method: str, weights: Any, base: str 
         )
 
 
-def _read(path: str) -> tuple[Any, PyTree, Path | None]:
-    """(model, parameters with adapters merged, directory of its tokenizer) of a run or a model directory; of a reward
-    model in the files of Hugging Face its head and backbone."""
+def _read(path: str) -> tuple[Any, PyTree, Path | None, Tokenizer | None]:
+    """(model, parameters with adapters merged, directory of its files, tokenizer) of a run or a model directory; of a
+    reward model in the files of Hugging Face its head and backbone, and no tokenizer."""
     if (Path(path) / "config.json").is_file() and holds_reward_model(path):
-        return *load_reward_model(path), Path(path)
+        return *load_reward_model(path), Path(path), None
     if is_run(Path(path)):
         built, policy = restored_run(path)
         source = built.directory
@@ -146,7 +148,8 @@ def _read(path: str) -> tuple[Any, PyTree, Path | None]:
         policy = restored_policy(path)
         source = policy.source
     trained = policy.model.trained
-    return policy.model, policy.params if trained is None else trained.merged(policy.params), source
+    params = policy.params if trained is None else trained.merged(policy.params)
+    return policy.model, params, source, policy.tokenizer
 
 
 def _shapes(params: PyTree) -> Any:

@@ -40,9 +40,10 @@ Performance on other data was not evaluated. The whole config:
 {config}```
 """
 MODEL = """\
-from transformers import {auto}{tokenizers}
+from transformers import {auto}, AutoTokenizer
 
-model = {auto}.from_pretrained("{place}")"""
+model = {auto}.from_pretrained("{place}")
+tokenizer = AutoTokenizer.from_pretrained("{place}")"""
 ADAPTERS = """\
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -51,9 +52,7 @@ model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}")
 tokenizer = AutoTokenizer.from_pretrained("{base}")"""
 
 
-def model_card(
-    config: Config, source: Path, place: str, *, scores: bool = False, adapters: bool = False, tokenizer: bool = True
-) -> str:
+def model_card(config: Config, source: Path, place: str, *, scores: bool = False, adapters: bool = False) -> str:
     """The text of README.md.
 
     Args:
@@ -62,7 +61,6 @@ def model_card(
       place: the exported directory.
       scores: the export is a reward model.
       adapters: the export has only the adapters of section lora.
-      tokenizer: the export has the files of a tokenizer.
     """
     tree = as_tree(config)
     base = (tree.get("model") or {}).get("path")
@@ -89,19 +87,17 @@ def model_card(
         step=source.name,
         steps=sum(one.training.steps for one in stages),
         results=_results(source.parent.parent / "summary.json"),
-        snippet=_snippet(base, place, scores=scores, adapters=adapters, tokenizer=tokenizer),
+        snippet=_snippet(base, place, scores=scores, adapters=adapters),
         config=yaml.safe_dump(tree, sort_keys=False, allow_unicode=True),
     )
 
 
-def _snippet(base: str | None, place: str, *, scores: bool, adapters: bool, tokenizer: bool) -> str:
+def _snippet(base: str | None, place: str, *, scores: bool, adapters: bool) -> str:
     """The Python lines that load the export."""
     if adapters:
         return ADAPTERS.format(base=base, place=place)
     auto = "AutoModelForSequenceClassification" if scores else "AutoModelForCausalLM"
-    text = MODEL.format(auto=auto, place=place, tokenizers=", AutoTokenizer" if tokenizer else "")
-    own = "# text is encoded by jaxrl_llm.data.CharacterTokenizer()"
-    return f"{text}\n" + (f'tokenizer = AutoTokenizer.from_pretrained("{place}")' if tokenizer else own)
+    return MODEL.format(auto=auto, place=place)
 
 
 def _stage(config: Config) -> str:

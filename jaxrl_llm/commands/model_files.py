@@ -8,11 +8,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from jaxrl_llm import data, hub
 from jaxrl_llm.commands.arguments import require_package, require_positive
 from jaxrl_llm.commands.model_card import model_card
 from jaxrl_llm.commands.tables import show_report
 from jaxrl_llm.compilation_cache import enable_compilation_cache
+from jaxrl_llm.data.character_files import save_character_tokenizer
 from jaxrl_llm.data.json_files import json_objects
 from jaxrl_llm.evaluation import make_most_likely, make_score
 from jaxrl_llm.models import (
@@ -121,12 +124,13 @@ def export_run(path: str, out: str, *, dtype: Precision | None = None, adapters:
     trained = policy.model.trained
     params = policy.params if trained is None else trained.merged(policy.params)
     files = save_model(out, params, policy.model.config, source=built.directory, dtype=dtype)
+    files += with_own_tokenizer(out, policy.tokenizer)
     return {
         "checkpoint": str(policy.source),
         "written to": out,
         "files": [file.name for file in files] + _with_card(policy.source, out),
         "adapters": "none" if trained is None else "merged",
-        "tokenizer": "copied" if built.directory else "none: the built-in tokenizer has no file of this kind",
+        "tokenizer": "copied" if built.directory else "the built-in one, as files that transformers reads",
     }
 
 
@@ -156,6 +160,7 @@ def export_reward_model(path: str, out: str, name: str, *, dtype: Precision | No
     tokenizer = policy.tokenizer
     pad = tokenizer.pad_id if tokenizer.pad_id not in tokenizer.eos_ids else None
     files = save_reward_model(out, params, model.config, source=source, dtype=dtype, pad_id=pad)
+    files += [] if source else with_own_tokenizer(out, tokenizer)
     report = {
         "checkpoint": str(policy.source),
         "network": name,
@@ -166,10 +171,16 @@ def export_reward_model(path: str, out: str, name: str, *, dtype: Precision | No
     return report if pad is not None else report | {"note": note}
 
 
+def with_own_tokenizer(out: str, tokenizer: data.Tokenizer | None) -> list[Path]:
+    """Write the built-in tokenizer beside a model of it; the files of other tokenizers come with the model."""
+    if isinstance(tokenizer, data.CharacterTokenizer) and jax.process_index() == 0:
+        return save_character_tokenizer(out, tokenizer)
+    return []
+
+
 def _with_card(source: Path, out: str, **kind: bool) -> list[str]:
     """Write the model card of an export from a checkpoint."""
-    tokenizer = any((Path(out) / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
-    card = model_card(run_config(source), source, out, tokenizer=tokenizer, **kind)
+    card = model_card(run_config(source), source, out, **kind)
     (Path(out) / "README.md").write_text(card)
     return ["README.md"]
 

@@ -100,11 +100,17 @@ def _longest_words(cells: Sequence[dict[str, str]]) -> dict[str, int]:
 
 
 def _widths(cells: Sequence[dict[str, str]], total: int) -> dict[str, int]:
-    """Widths of columns: at least the longest word; the remaining room goes to columns that need the least to fit."""
+    """Widths of columns: at least the longest word; the remaining room goes to columns that need the least to fit.
+
+    Where words of this length do not fit, such as paths, those of the widest columns are broken.
+    """
     keys = list(cells[0]) if cells else []
     widths = _longest_words(cells)
     whole = {key: max(len(line) for row in cells for line in [*row[key].split("\n"), key]) for key in keys}
     left = total - sum(widths.values()) - 2 * len(keys)
+    while left < 0 and max(widths.values()) > 1:
+        widths[max(keys, key=widths.__getitem__)] -= 1
+        left += 1
     for key in sorted(keys, key=lambda key: whole[key] - widths[key]):
         more = max(0, min(whole[key] - widths[key], left))
         widths[key] += more

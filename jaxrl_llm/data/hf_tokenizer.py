@@ -68,8 +68,15 @@ class HuggingFaceTokenizer:
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text. Special tokens in it are recognised; none are added."""
-        return self.backend.encode(text, add_special_tokens=False).ids
+        """Token ids of a text. Special tokens in it are recognised; none are added.
+
+        Raises:
+          ValueError: for a text that the tokenizer has no tokens for.
+        """
+        try:
+            return self.backend.encode(text, add_special_tokens=False).ids
+        except Exception as error:  # its only type of error
+            raise ValueError(f"the tokenizer in {self.path} cannot encode {shortened(text)!r}: {error}") from None
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of token ids, without end of sequence and padding; other special tokens are spelled out.

@@ -49,6 +49,3 @@ def test_a_card_names_all_stages_and_how_adapters_are_loaded(micro_config, tmp_p
     lines = alone.split("```python\n")[1].split("\n```")[0].splitlines()
     assert lines[-1] == 'tokenizer = AutoTokenizer.from_pretrained("models/base")'
     assert 'PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("models/base"), "out")' in lines[-2]
-    plain = model_card(config, source, "out", tokenizer=False)
-    assert "AutoTokenizer" not in plain
-    assert "jaxrl_llm.data.CharacterTokenizer()" in plain

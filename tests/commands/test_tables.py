@@ -52,6 +52,14 @@ def test_what_cannot_be_left_out_is_folded_and_nothing_is_lost(shown):
     assert max(map(len, text.splitlines())) <= 40
 
 
+def test_only_words_that_do_not_fit_are_broken(shown):
+    rows = [{"what": name, "value": value} for name, value in (("checkpoint", "/path" * 20), ("written to", "out"))]
+    lines = shown(rows=rows, spare=()).splitlines()
+    assert max(map(len, lines)) <= 80
+    assert {"checkpoint", "written", "to", "out", "value"} <= {word for line in lines for word in line.split()}
+    assert "".join(line[12:].strip() for line in lines[3:5]) == "/path" * 20
+
+
 def test_json_has_every_column_and_no_rows_are_no_table(shown):
     assert json.loads(shown(json=True)) == ROWS
     assert shown(rows=[]) == "title: none\n"
