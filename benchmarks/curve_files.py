@@ -85,8 +85,8 @@ def verdicts(one: Answered) -> list[Line]:
 
 
 def steps(one: Answered) -> list[Line]:
-    """Both answers in steps. A step is right if the reference has it, the answer itself if it is right."""
-    lines, known = [], one.worked.split(";")
+    """Both answers in steps. A step is right if it is empty or the reference has it, the answer if it is right."""
+    lines, known = [], [*one.worked.split(";"), ""]
     for text, right in _both(one, 1, 0):
         parts = re.findall(r"[^;]*;|[^;]+$", text)
         thought = [re.sub(r"^<t>|;$", "", part) for part in parts[:-1]]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import chex
 import jax
@@ -127,6 +127,7 @@ def filled_text(
     template: str = "{prompt}{completion}?",
     says: str = "1",
     after: str | None = None,
+    **columns: Sequence[Any],
 ) -> list[tuple[str, str]]:
     """A view of a fixed text about each row: what stands before, and what is scored.
 
@@ -137,24 +138,38 @@ def filled_text(
     Args:
       prompts, completions: texts.
       answers: reference answers.
-      template: what stands before, with {prompt}, {completion} and {answer}.
+      template: what stands before, with {prompt}, {completion}, {answer} and columns of the data by name, such as
+        {think}, the worked solution of a built-in task.
       says: what is scored, with the same places.
       after: only the part of a completion after the last occurrence of this text, such as the end of a thought; None
         takes all of it.
+      columns: of the data.
 
     Returns:
       One (text before, text that is scored) pair per row.
 
+    Raises:
+      ValueError: for a place that is none of these.
+
     >>> filled_text(["2+2="], ["so</t>4"], ["5"], template="{prompt}{answer}|", says="{completion}", after="</t>")
     [('2+2=5|', '4')]
+    >>> filled_text(["2+2="], ["5"], ["4"], template="{prompt}{hint}{answer}?", hint=["1+3="])
+    [('2+2=1+3=4?', '1')]
 
     Reference: RewardDance (2509.08826); POLAR (2507.05197); Pairwise RL (2504.04950).
     Certainty: verified
     """
     known = [""] * len(prompts) if answers is None else answers
     found = []
-    for prompt, completion, answer in zip(prompts, completions, known, strict=True):
+    for row, (prompt, completion, answer) in enumerate(zip(prompts, completions, known, strict=True)):
         said = completion if after is None else completion.rsplit(after, 1)[-1]
-        values = {"prompt": prompt, "completion": said, "answer": answer}
-        found.append((template.format(**values), says.format(**values)))
+        values = {name: column[row] for name, column in columns.items()}
+        values |= {"prompt": prompt, "completion": said, "answer": answer}
+        try:
+            found.append((template.format(**values), says.format(**values)))
+        except KeyError as error:
+            raise ValueError(
+                f"filled_text: template {template!r} and says {says!r} name {{{error.args[0]}}}, which is neither a "
+                f"text nor a column of the data; there are {', '.join(sorted(values))}"
+            ) from None
     return found
