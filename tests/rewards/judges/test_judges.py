@@ -59,7 +59,7 @@ def test_a_template_names_texts_and_columns_of_the_data():
     given = {"template": "{prompt}<t>{think}</t>?", "says": "{completion}{level}", "think": ["a", "b"], "level": [1, 2]}
     found = rewards.filled_text(["p", "q"], ["x", "y"], ["1", "2"], **given)
     assert found == [("p<t>a</t>?", "x1"), ("q<t>b</t>?", "y2")]
-    known = "names {thought}, which is neither a text nor a column of the data; there are answer, completion, prompt"
+    known = "name {thought}, which is neither a text nor a column of the data; there are answer, completion, prompt"
     with pytest.raises(ValueError, match=re.escape(known)):
         rewards.filled_text(["p"], ["x"], template="{thought}")
 
