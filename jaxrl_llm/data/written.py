@@ -236,6 +236,8 @@ def encoded_completion(
 ) -> tuple[list[int], list[int], Mapping[str, Any], list[tuple[int, float]], int]:
     """(prompt, completion, values, (end, label) of each step, number) of a row as token ids.
 
+    The label of the last step is on its last token and on the end of sequence, where a step of a sampled completion ends.
+
     Raises:
       ValueError: for a prompt that the tokenizer cannot encode; names file and line.
     """
@@ -251,4 +253,5 @@ def encoded_completion(
         text += step
         # The last token of a step is the last token of the text up to the end of the step.
         ends.append((len(tokenizer.encode(text)), label))
+    ends += [(len(completion), row.steps[-1][1])] if row.steps else []
     return prompt, completion, row.values, ends, number

@@ -137,12 +137,12 @@ def test_each_line_is_a_group_of_rows_with_what_was_said_of_them(batch, kind, na
         assert (first.tokens[row, first.length[row] :] == TOKENIZER.pad_id).all()
 
 
-def test_the_label_of_a_step_stands_on_its_last_token(batch):
+def test_the_label_of_a_step_is_on_its_last_token_and_that_of_the_last_on_the_end_of_sequence_too(batch):
     first = batch("steps")[0]
     labels = {number: first.fields["step_labels"][row] for row, number in enumerate(first.prompt_id)}
     nan = float("nan")
-    np.testing.assert_array_equal(labels[0], [nan, 1, 0, nan, 1, nan])
-    np.testing.assert_array_equal(labels[1], [0, nan, nan, nan, nan, nan])
+    np.testing.assert_array_equal(labels[0], [nan, 1, 0, nan, 1, 1])
+    np.testing.assert_array_equal(labels[1], [0, 0, nan, nan, nan, nan])
     assert by_prompt(first) == [(0, "1+2=3<eos>"), (1, "4<eos>")]
 
 
@@ -417,7 +417,7 @@ def test_steps_without_a_judgement_and_of_one_class(tmp_path):
         lines=[{"prompt": "A:1", "steps": ["1", "2", "3"], "labels": [1, None, 0]}],
         groups_per_step=1,
     ).rows(SimpleNamespace(), {})(0)
-    np.testing.assert_array_equal(rows["step_labels"][0, :4], [1, np.nan, 0, np.nan])
+    np.testing.assert_array_equal(rows["step_labels"][0, :4], [1, np.nan, 0, 0])
     for labels, message in (
         ([True, 1], "only labels like 1; training needs both classes"),
         ([None], "no step with a label"),
