@@ -236,7 +236,7 @@ def encoded_completion(
 ) -> tuple[list[int], list[int], Mapping[str, Any], list[tuple[int, float]], int]:
     """(prompt, completion, values, (end, label) of each step, number) of a row as token ids.
 
-    The label of the last step is on its last token and on the end of sequence, where a step of a sampled completion ends.
+    The label of the last step is on its last token and on the end of sequence, where sampled solutions have it.
 
     Raises:
       ValueError: for a prompt that the tokenizer cannot encode; names file and line.
