@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import _thread
 import contextlib
+import signal
 import sys
 import threading
 from collections.abc import Iterator
@@ -56,7 +56,9 @@ def interrupts_kept() -> Iterator[None]:
 
     def reported(told: Any) -> None:
         if isinstance(told.exc_value, KeyboardInterrupt):
-            threading.Timer(0.05, _thread.interrupt_main).start()  # after the callback
+            main = threading.main_thread().ident or 0
+            # After the callback; a signal also ends what the main thread waits for.
+            threading.Timer(0.05, signal.pthread_kill, (main, signal.SIGINT)).start()
         else:
             before(told)
 

@@ -349,14 +349,14 @@ def test_a_checkpoint_is_there_when_each_process_has_brought_its_arrays(tmp_path
 
 
 def test_at_the_end_process_0_waits_for_the_others_as_long_as_they_bring_something(tmp_path, address, monkeypatch):
-    monkeypatch.setattr(mirror_module, "_PATIENCE_SECONDS", 1.5)
+    monkeypatch.setattr(mirror_module, "_PATIENCE_SECONDS", 1.0)
     main, other = shares(address, tmp_path, "a")
     write(main.directory, RUN | checkpoint_of(1, 0))
     write(other.directory, checkpoint_of(1, 1))
 
     def late():
         for _ in range(3):
-            time.sleep(0.7)
+            time.sleep(0.4)
             other.share.say(other.fs, other.root, [])
         with other.kept():
             pass
