@@ -82,7 +82,8 @@ def small(tree: dict[str, Any], steps: int = STEPS, sequences: int = SEQUENCES) 
     if tree["task"]["name"] not in SMALL:
         raise ValueError(f"SMALL has no size for problems of {tree['task']['name']}; add one")
     rollout, training, size = tree["rollout"], tree["training"], SMALL[tree["task"]["name"]]
-    own_levels = tree["task"]["levels"] if len(tree["task"]["levels"]) > 1 and "completion" not in size else None
+    given = [part["task"]["levels"] for part in (tree, *tree.get("stages", [])) if "levels" in part.get("task", {})]
+    own_levels = tree["task"]["levels"] if max(map(len, given)) > 1 and "completion" not in size else None
     tree["task"] |= {"train_items": 4000, "validation_items": 64, "test_items": 64} | size.get("task", {})
     formatted = any(
         part.get("data", {}).keys() & {"templates", "privileged"} for part in (tree, *tree.get("stages", []))
