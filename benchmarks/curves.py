@@ -124,6 +124,8 @@ def warm_started(tree: dict[str, Any], cache: Path) -> dict[str, Any]:
         return tree
     names = ("task", "model", "warm_start", "seed")
     first = {name: tree[name] for name in names if name in tree} | {"about": {}, "name": "warm start"}
+    if templates := tree.get("data", {}).get("templates"):  # the policy has to know all forms of a prompt
+        first["data"] = {"templates": templates}
     sizes = {name: tree["rollout"][name] for name in ("max_prompt_tokens", "max_completion_tokens")}
     run = cache / f"{tree['task']['name']}-{digest(first | sizes)}"
     if not (run / "summary.json").exists():
