@@ -16,6 +16,8 @@ from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
+# Until the tests are collected; see `pytest_collection_finish`.
+gc.disable()
 # Set before jax is imported: tests check the results of programs on the CPU.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Without most optimisations, thousands of tiny programs compile in half of the time.
@@ -72,6 +74,7 @@ def pytest_collection_finish():
     gc.collect()
     gc.freeze()
     gc.set_threshold(5_000, 20, 1_000)
+    gc.enable()
 
 
 @pytest.hookimpl(trylast=True)

@@ -102,6 +102,7 @@ def check(sizes, way):
     return short, whole
 
 
+@pytest.mark.slow
 def test_sampled_with_a_window_alone_is_sampled_with_all():
     """Through the growth of the cache, of prompts that are padded."""
     short, whole = check(MIXED | dict(layers=2, window_pattern=(True, False)), {})

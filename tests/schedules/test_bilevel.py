@@ -68,6 +68,7 @@ def test_what_a_blend_cannot_be(changed, message):
         schedules.implicit_blend(**({"primary": "a", "reward_names": ("a", "b")} | changed)).init()
 
 
+@pytest.mark.slow
 def test_inside_of_a_step_a_misleading_reward_loses_its_weight(bandit):
     step, prompts = bandit
     state = step.init(jax.random.key(0))

@@ -151,6 +151,7 @@ def test_several_sequences_a_row_are_scored_before_the_update_alone(bigram, make
         traced(step, make_prompts(4))
 
 
+@pytest.mark.slow
 def test_the_likelihood_of_an_answer_adds_at_most_its_own_forward_pass(model, make_prompts):
     """Operations of the program; loops, which are the same in both, count once."""
 
