@@ -16,8 +16,6 @@ from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
-# Until the tests are collected; see `pytest_collection_finish`.
-gc.disable()
 # Set before jax is imported: tests check the results of programs on the CPU.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Without most optimisations, thousands of tiny programs compile in half of the time.
@@ -38,6 +36,9 @@ import yaml
 from jaxrl_llm.compilation_cache import compilation_cache_directory
 from jaxrl_llm.experience import Method
 from jaxrl_llm.models.model import Model
+
+# Until the tests are collected; see `pytest_collection_finish`.
+gc.disable()
 
 # The kernel allows 65,530 memory maps per process, and each program needs several.
 MOST_MAPS = 4_000
