@@ -94,7 +94,7 @@ def _in_threads(
     calls: Sequence[tuple[Any, ...]],
     workers: int,
     deadline: float,
-    log: Path | None = None,
+    log: Path | None,
 ) -> list[Returned]:
     finished: queue.SimpleQueue[tuple[int, Returned]] = queue.SimpleQueue()
 
