@@ -163,7 +163,8 @@ def runs(tmp_path_factory):
         return state.replace(memory=memory, step=state.step + 1), chosen, told
 
     memory = jax.jit(lambda: {name: [one.init(), other.init()] for name, (one, other) in every.items()})()
-    first = TrainState({}, memory, jax.random.key(0), jnp.int32(0))
+    # On one device by name, as what is restored is; otherwise the step would be compiled twice.
+    first = jax.device_put(TrainState({}, memory, jax.random.key(0), jnp.int32(0)), jax.devices()[0])
     state, choices, directory = first, [], tmp_path_factory.mktemp("checkpoints")
     for number in range(6):
         if number == 3:
