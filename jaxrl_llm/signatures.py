@@ -81,10 +81,10 @@ def renamed(function: Callable | Method, /, **other: str) -> Any:
 
     Args:
       function: of named data, or a `Method`.
-      other: name of its parameter -> name of the data to pass.
+      other: name of its parameter -> name of the data to pass. Several parameters may get the same data.
 
     Raises:
-      ValueError: for an unknown parameter.
+      ValueError: for an unknown parameter, and for data with the name of a hyper-parameter.
     """
     if isinstance(function, Method):
         return Method(function.init, renamed(function.update, **other))
@@ -92,16 +92,28 @@ def renamed(function: Callable | Method, /, **other: str) -> Any:
     if unknown := sorted(other.keys() - declared.parameters.keys()):
         known = [name for name, p in declared.parameters.items() if p.kind is not p.KEYWORD_ONLY]
         raise ValueError(f"{name_of(function)} reads no {unknown[0]!r}; it reads {', '.join(known)}")
-    inner = {new: old for old, new in other.items()}
+    parts: dict[str, list[inspect.Parameter]] = {}
+    for name, parameter in declared.parameters.items():
+        parts.setdefault(other.get(name, name), []).append(parameter)
+    for name, of in parts.items():
+        if len(of) > 1 and any(p.kind is p.KEYWORD_ONLY for p in of):
+            raise ValueError(f"{name_of(function)} has a hyper-parameter {name!r}; its data needs another name")
+    # Of parameters with the same data one may have a default; data without a default comes first.
+    merged = [min(of, key=_optional).replace(name=name) for name, of in parts.items()]
 
     def reading_others(*args: Any, **data: Any) -> Any:
-        return function(*args, **{inner.get(name, name): value for name, value in data.items()})
+        passed = {p.name: value for name, value in data.items() for p in parts.get(name, ())}
+        return function(*args, **{name: value for name, value in data.items() if name not in parts}, **passed)
 
     update_wrapper(reading_others, function)
-    parameters = [p.replace(name=other.get(name, name)) for name, p in declared.parameters.items()]
+    parameters = sorted(merged, key=lambda p: (p.kind, _optional(p)))
     reading_others.__signature__ = declared.replace(parameters=parameters)  # type: ignore[attr-defined]
     reading_others.__name__ = name_of(function)
     return reading_others
+
+
+def _optional(parameter: inspect.Parameter) -> bool:
+    return parameter.kind is parameter.POSITIONAL_OR_KEYWORD and parameter.default is not parameter.empty
 
 
 def missing(function: Callable | Method, available: Collection[str]) -> tuple[str, ...]:

@@ -132,3 +132,16 @@ def test_a_function_may_read_data_of_other_names():
 def test_a_reading_stays_one_under_other_names():
     assert on_host(renamed(reading(lambda rewards: rewards), rewards="returns"))
     assert on_host(renamed(lambda texts: texts, texts="completions"))
+
+
+def test_several_parameters_may_read_the_same_data_under_another_name():
+    def ratio(yes, no, mask=None, *, by=1.0):
+        return yes / no * by * (1 if mask is None else mask)
+
+    doubled = renamed(ratio, yes="judged", no="judged")
+    assert signature(doubled) == Signature(("judged",), ("mask",), ("by",))
+    assert call(partial(doubled, by=3.0), {"judged": 5.0, "mask": 2.0, "yes": 7.0}) == 6.0
+    assert signature(renamed(ratio, mask="yes")).required == ("yes", "no")  # one of the two has no default
+    assert call(renamed(ratio, yes="no", no="yes"), {"yes": 2.0, "no": 8.0}) == 4.0
+    with pytest.raises(ValueError, match="ratio has a hyper-parameter 'by'; its data needs another name"):
+        renamed(ratio, yes="by")

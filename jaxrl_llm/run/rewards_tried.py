@@ -17,7 +17,7 @@ from jaxrl_llm.experience import FACTS, Experience
 from jaxrl_llm.fields import TEXT
 from jaxrl_llm.run.explain import trace
 from jaxrl_llm.run.setup import Parts
-from jaxrl_llm.signatures import required, signature
+from jaxrl_llm.signatures import names, required, signature
 from jaxrl_llm.training.reading import Context, columns_of, read_values
 
 _SECONDS, _TOGETHER = 5.0, 500  # per verifier; rows of one call
@@ -114,17 +114,22 @@ def _unusable(function: Any, rows: Sequence[Mapping[str, Any]]) -> str | None:
 
 
 def try_rewards(parts: Parts, sets: Mapping[str, Any]) -> None:
-    """Call each reward that reads text on two rows: the first training problem with its reference completion.
+    """Call what reads text on two rows: the first training problem with its reference completion.
 
-    A reward with `value_on_failure` may fail on one of them.
+    That is each reward, and each view of texts and columns alone. A reward with `value_on_failure` may fail on one row.
 
     Raises:
-      RewardError: if a reward fails.
+      RewardError: if a reward or a view fails.
     """
-    terms = [term for term in parts.step.composition.rewards if term.on_host]
-    if not terms or "train" not in sets or parts.step.composition.rollout is None:
+    c, tokenizer = parts.step.composition, parts.tokenizer
+    if "train" not in sets or c.rollout is None:
         return
-    record, tokenizer = sets["train"][0], parts.tokenizer
+    record = sets["train"][0]
+    terms = [term for term in c.rewards if term.on_host]
+    texts = TEXT | columns_of([record])
+    views = [view for view in c.views.values() if view.on_host and names(view.function) <= texts]
+    if not terms and not views:
+        return
     rows = _two_rows(trace(parts), tokenizer.encode(record.get("response") or record["answer"]))
     context = Context([record], tokenizer.decode, eos_ids=tuple(tokenizer.eos_ids))
     state: Any = SimpleNamespace(step=0)  # a reading uses only the step of the state
@@ -133,6 +138,9 @@ def try_rewards(parts: Parts, sets: Mapping[str, Any]) -> None:
     def tried(chosen: Sequence[Any]) -> None:
         if chosen:
             read_values(chosen, outputs, rows, None, state, context, np.arange(2), None, None)
+
+    for view in views:
+        read_values([view], {}, rows, None, state, context, np.arange(2), lambda entry: entry, lambda *_: {})
 
     tried(terms)
     useless = [term for term in terms if context.numbers.get(f"failures/{term.name}") == 2]

@@ -118,6 +118,18 @@ def test_values_that_are_no_rewards_are_refused_before_a_step(made, reward, mess
         try_rewards(*made(reward, {"hardness": 3}))
 
 
+def test_a_view_that_names_no_text_is_refused_before_a_step(micro_config):
+    view = {"filled_text": {"template": "{prompt}{thought}?", "says": "1"}}
+    tree = micro_config | {"warm_start": {}, "views": {"asked": view}}
+    reads = {f"{part}_{of}": f"asked_{of}" for part in ("yes", "no") for of in ("logprobs", "mask")}
+    tree["credit"] = [{"rewards": {"verdict_score": {"reads": reads}}}, *tree["credit"]]
+    built = parts(parse_config(tree, vocabulary_size=CharacterTokenizer().vocabulary_size))
+    with pytest.raises(
+        RewardError, match=r"'asked' raised ValueError: filled_text: template .* name {thought}, which is"
+    ):
+        try_rewards(built, data_sets(built.config))
+
+
 def test_an_answer_that_a_verifier_cannot_use_is_named_with_its_row(micro_config, tmp_path):
     lines = [{"prompt": f"A:{i}+1", "answer": str(i + 1) if i != 7 else "eight"} for i in range(60)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
