@@ -267,6 +267,18 @@ def test_a_chain_may_leave_its_scratch_empty_in_a_share_of_the_problems():
         tasks.task("chain", direct_share=1.5)
 
 
+def test_a_chain_may_be_worked_out_twice_in_a_share_of_the_solutions():
+    once, mixed = (tasks.task("chain", repeated_share=share).generate(level=3, count=200) for share in (0.0, 0.5))
+    assert {len(item.think) for item in once} == {17}
+    twice = [item for item in mixed if len(item.think) == 35]
+    assert 70 < len(twice) < 130
+    assert all(item.think[:17] == item.think[18:] for item in twice)
+    assert {len(item.think) for item in mixed} == {17, 35}
+    assert not any(
+        item.think for item in tasks.task("chain", repeated_share=1.0, scratchpad=False).generate(level=3, count=9)
+    )
+
+
 def test_a_critic_is_asked_about_results_of_which_half_are_right():
     task = tasks.task("chain", attempts=0.5)
     items = task.generate(level=3, count=200)

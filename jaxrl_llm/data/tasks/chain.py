@@ -12,11 +12,15 @@ from jaxrl_llm.data.tasks.items import Item, Task, equality, require_bool, requi
 from jaxrl_llm.ranges import Share, ranged
 
 
-def item(modulus: int, start: int, steps: list[tuple[str, int]], *, scratchpad: bool = True) -> Item:
-    """The problem of applying (operator, operand) steps to a start value.
+def item(
+    modulus: int, start: int, steps: list[tuple[str, int]], *, scratchpad: bool = True, repeated: bool = False
+) -> Item:
+    """The problem of applying (operator, operand) steps to a start value; `repeated` writes all of them a second time.
 
     >>> item(7, 3, [("+", 5), ("*", 2), ("-", 4)]).think
     '3+5=1;1*2=2;2-4=5'
+    >>> item(7, 3, [("+", 5), ("*", 2)], repeated=True).think
+    '3+5=1;1*2=2;3+5=1;1*2=2'
     """
     value, written = start, []
     for operator, x in steps:
@@ -24,7 +28,7 @@ def item(modulus: int, start: int, steps: list[tuple[str, int]], *, scratchpad: 
         written.append(f"{value}{operator}{x}={result % modulus}")
         value = result % modulus
     body = f"M{modulus}:{start}" + "".join(f"{operator}{x}" for operator, x in steps)
-    think = ";".join(written) if scratchpad else ""
+    think = ";".join(written * (2 if repeated else 1)) if scratchpad else ""
     return Item(body, think, str(value), "chain", len(steps), f"chain-{len(steps)}")
 
 
@@ -71,6 +75,7 @@ def task(
     modulus: int = 7,
     scratchpad: bool = True,
     direct_share: Share = 0.0,
+    repeated_share: Share = 0.0,
     claims: bool = False,
     attempts: Share = 0.0,
 ) -> Task:
@@ -81,6 +86,8 @@ def task(
       scratchpad: write every intermediate value before the answer.
       direct_share: share of the problems whose reference solution has an empty scratch, so that a policy trained on
         both kinds samples completions of very different lengths.
+      repeated_share: share of the written scratches that work out the chain twice, so that right answers of every
+        problem have two lengths and the longer one is no better.
       claims: problems are a judge's questions: two claimed results follow the problem, one of them is right, and the
         answer is which one, A or B. A guess is right with 1/2.
       attempts: share of the problems that are a critic's question: a result follows the problem, right in half of the
@@ -96,7 +103,8 @@ def task(
         start = rng.randrange(modulus)
         steps = [(rng.choice("+-*"), rng.randrange(modulus)) for _ in range(level)]
         direct = bool(direct_share) and rng.random() < direct_share
-        made = item(modulus, start, steps, scratchpad=scratchpad and not direct)
+        repeated = bool(repeated_share) and rng.random() < repeated_share
+        made = item(modulus, start, steps, scratchpad=scratchpad and not direct, repeated=repeated)
         if claims:
             return judged(made, modulus, rng.randrange(1, modulus), second=rng.random() < 0.5)
         if attempts and rng.random() < attempts:
@@ -110,9 +118,10 @@ def task(
         levels=tuple(range(1, 9)),
         last_level=16,
         description=f"operations modulo {modulus} from left to right; the level is the number of operations",
-        # Options are part of the random seed; claims and attempts are omitted at their defaults, so that existing data
-        # do not change.
+        # Options are part of the random seed; later ones are omitted at their defaults, so that existing data do not
+        # change.
         options={"modulus": modulus, "scratchpad": scratchpad, "direct_share": direct_share}
+        | ({"repeated_share": repeated_share} if repeated_share else {})
         | ({"claims": True} if claims else {})
         | ({"attempts": attempts} if attempts else {}),
         scratchpad=scratchpad,
