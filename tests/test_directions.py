@@ -65,7 +65,8 @@ def test_a_curve_is_the_mean_of_parts_of_a_run(curves):
 
 
 def test_a_curve_starts_where_what_a_recipe_shows_is_first_measured(curves):
-    reinforced = [{"loss": 1.0, "truncated_share": 0.5 - 0.01 * i, "correct_share": 0.5} for i in range(40)]
+    reinforced = [{"loss": 1.0, "truncated_share": 0.5 - 0.01 * i} for i in range(40)]
+    reinforced = [line | {"completion_tokens": 40.0, "correct_share": 0.5} for line in reinforced]
     found = curves.recorded("dler", [[{"loss": 2.0}] * 10 + reinforced], 256)
     assert found["steps"] == 40
     assert found["metrics"]["truncated_share"][0][0] == 0.495
@@ -74,5 +75,5 @@ def test_a_curve_starts_where_what_a_recipe_shows_is_first_measured(curves):
 def test_small_problems_have_thoughts_that_their_limits_cut(curves):
     tree = curves.small(read_tree(shipped.recipe_path("dler")))
     assert tree["task"]["levels"] == [2, 3, 4]
-    assert tree["rollout"]["max_completion_tokens"] == 32
-    assert tree["stages"][1]["rollout"]["max_completion_tokens"] == 24  # a thought of four steps has 29 tokens
+    assert tree["rollout"]["max_completion_tokens"] == 54
+    assert tree["stages"][1]["rollout"]["max_completion_tokens"] == 32  # two passes over three steps have 41 tokens

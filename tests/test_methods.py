@@ -15,6 +15,7 @@ import optax
 import pytest
 
 from jaxrl_llm import shipped
+from jaxrl_llm.commands.data_preview import refusals
 from jaxrl_llm.config import Config, parse_config, read_tree
 from jaxrl_llm.data import CharacterTokenizer
 from jaxrl_llm.losses import negative_log_likelihood
@@ -280,10 +281,12 @@ def likely(text: str) -> dict[str, Any]:
     }
 
 
-def judged_file(kind: str, directory: str) -> str:
-    path = Path(directory) / f"{kind}.jsonl"
+def judged_file(kind: str, directory: str, most: int = 2) -> str:
+    """8 x most lines."""
+    path = Path(directory) / f"{kind}-{most}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [{"prompt": f"A:{one}+{other}"} | JUDGED[kind](one, other) for one in range(1, 9) for other in (1, 2)]
+    pairs = [(one, other) for one in range(1, 9) for other in range(1, most + 1)]
+    lines = [{"prompt": f"A:{one}+{other}"} | JUDGED[kind](one, other) for one, other in pairs]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return str(path)
 
@@ -295,6 +298,19 @@ def checkpoint(directory: str) -> str:
         config = TransformerConfig(vocabulary_size=VOCABULARY, width=24, layers=2, heads=3, kv_heads=1)
         save_model(path, transformer(config).init(jax.random.key(7)), config)
     return str(path)
+
+
+def supply(tree: dict[str, Any], data_directory: str, most: int = 2) -> None:
+    """Name files of judged completions, and a checkpoint for each network with a path."""
+    for part in (tree, *tree.get("stages", [])):
+        sources = part.get("source", [])
+        for source in sources if isinstance(sources, list) else [sources]:
+            for name, hyper in source.items() if isinstance(source, dict) else ():
+                if name in JUDGED:
+                    hyper["file"] = judged_file(name, data_directory, most)
+        for network in part.get("networks", {}).values():
+            if "path" in network:
+                network["path"] = checkpoint(data_directory)
 
 
 def small(name: str, data_directory: str) -> dict[str, Any]:
@@ -352,13 +368,9 @@ def small(name: str, data_directory: str) -> dict[str, Any]:
                 hyper["sequences_per_pass"] = samples * cuts
             if name == "solved_answers":  # the micro policy solves few prompts reliably
                 hyper |= {"attempts": 1, "min_correct": 1}
-            if name == "distributions":
-                hyper |= {"sequences_per_step": samples * cuts, "file": judged_file(name, data_directory)}
-            elif name in JUDGED:
-                hyper |= {"groups_per_step": samples * cuts, "file": judged_file(name, data_directory)}
-    for network in tree.get("networks", {}).values():
-        if "path" in network:
-            network["path"] = checkpoint(data_directory)
+            if name in JUDGED:
+                hyper |= {f"{'sequences' if name == 'distributions' else 'groups'}_per_step": samples * cuts}
+    supply(tree, data_directory)
     for entry in tree["credit"]:
         if entry.get("well_formed") == "answer_format":  # the micro task has no think part
             entry["well_formed"] = {"answer_format": {"require_think": False}}
@@ -553,6 +565,15 @@ def test_steps_that_are_continued_may_be_read_from_text(micro, policy):
     _, seen = trained(built, policy("vine_ppo"), 3)
     assert all(step["seconds/turn"] > 0 < step["continued_tokens"] for step in seen)
     assert all(np.isfinite(step["loss"]) for step in seen)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_starts_as_it_is_shipped(name, data_directory):
+    """Its own problems, demonstrations and limits are accepted; files of the user's own are supplied."""
+    tree = read_tree(FILES[name])
+    supply(tree, data_directory, 9)
+    assert not refusals(parse_config(tree, vocabulary_size=VOCABULARY))
 
 
 @pytest.mark.parametrize("name", RECIPES)
