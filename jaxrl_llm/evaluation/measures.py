@@ -183,10 +183,10 @@ def measured(records: Sequence[Record], k: Sequence[int], *, by: Sequence[str] =
 
 
 def episode_means(records: Sequence[Record]) -> dict[str, float]:
-    """Means of environments' metrics over the episodes that have them."""
+    """Means of environments' metrics over the episodes that have them; a metric that no episode has is left out."""
     names = dict.fromkeys(name for record in records for name in record.get("episodes", {}))
     pairs = {name: np.sum([record["episodes"][name] for record in records], axis=0) for name in names}
-    return {name: float(total / max(count, 1.0)) for name, (total, count) in pairs.items()}
+    return {name: float(total / count) for name, (total, count) in pairs.items() if count}
 
 
 def column_values(records: Sequence[Record], column: str) -> list[Any]:

@@ -12,6 +12,7 @@ import pytest
 
 from jaxrl_llm.evaluation import measured
 from jaxrl_llm.evaluation.comparison import compared, forgetting
+from jaxrl_llm.evaluation.measures import episode_means
 
 ANSWERS = {  # by problem: (reference, greedy, [(answer, log-probability, confidence, reward)])
     0: ("7", "7", [("7", -1.0, 0.9, 1.0), ("7", -2.0, 0.8, 0.5), ("3", -3.0, None, 0.0), (None, -8.0, 0.1, None)]),
@@ -38,6 +39,15 @@ def records():
 @pytest.fixture(scope="module")
 def numbers():
     return measured(records(), (1, 2, 4), by=["level"])
+
+
+def test_an_environments_metric_is_a_mean_over_the_episodes_that_have_it():
+    found = [
+        {"episodes": {"calls": [6.0, 4.0], "won": [0.0, 0.0]}},
+        {"episodes": {"calls": [3.0, 2.0], "won": [0.0, 0.0]}},
+    ]
+    assert episode_means(found) == {"calls": 1.5}  # no episode has a value of the other one
+    assert episode_means([{}]) == {}
 
 
 def test_pass_at_k_is_the_share_of_subsets_with_a_right_sample(numbers):
