@@ -109,6 +109,7 @@ def explain_parts(path, *overrides):
     return parts(loaded_config([str(path), *overrides]))
 
 
+@pytest.mark.slow
 def test_explain_gives_the_stages_in_order(explained):
     rows = [(row["stage"], row["name"], row["where"]) for row in explained["stages"]]
     assert rows == [

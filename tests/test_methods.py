@@ -39,7 +39,7 @@ VOCABULARY = CharacterTokenizer().vocabulary_size
 FILES = {path.stem: path for path in shipped.method_files()}
 RECIPES = sorted(FILES.keys() - {"base"})
 # One of each kind; the others are trained by the slow tests.
-AMONG_THE_FAST = ["grpo", "ppo"]
+AMONG_THE_FAST = ["grpo"]
 
 # Recipes of several stages are trained as a whole in tests/run/test_written_recipes.py and test_across_stages.py.
 TRAINED_ELSEWHERE = {
@@ -515,13 +515,13 @@ def a_stage_trains(built: Parts, start: Any) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=pytest.mark.slow) if number % 28 else name
+        pytest.param(name, marks=pytest.mark.slow) if number % 56 else name
         for number, name in enumerate(RECIPES)
         if name not in AMONG_THE_FAST
     ],
 )
 def test_a_recipe_is_composed_and_traced(name, micro):
-    """Shapes of all arrays of a step, without running it. One of 28 is fast; test_config.py composes all."""
+    """Shapes of all arrays of a step, without running it. One of 56 is fast; test_config.py composes all."""
     reported = set()
     for built in stages_of(micro(name)):
         reported |= a_stage_is_traced(built)

@@ -193,6 +193,7 @@ evaluations:
 """
 
 
+@pytest.mark.slow
 def test_a_suite_evaluates_each_and_requirements_set_the_status(place, finished_run):
     (place / "suite.yaml").write_text(SUITE)
     suite = ("eval", finished_run.directory, "--suite", "suite.yaml", "--out", "suite", "--json")

@@ -448,8 +448,8 @@ def architectures() -> set[str]:
     return {their_config(case)[0] for case in (*CASES, *VISION_LANGUAGE)}
 
 
-# Windows, and latent attention with routed experts behind dense layers; test_delta.py has states instead of a cache.
-FEW = ("gemma3", "deepseek_v3")
+# Windows, and experts with sinks; test_delta.py has states instead of a cache.
+FEW = ("gemma3", "gpt_oss")
 # One of each family, and two with a vision part.
 ONE_EACH = {*{family: case for case, (family, _) in reversed(CASES.items())}.values(), *list(VISION_LANGUAGE)[:2]}
 

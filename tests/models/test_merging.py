@@ -92,6 +92,7 @@ def two(tmp_path, monkeypatch):
     return tmp_path, config, params
 
 
+@pytest.mark.slow
 def test_the_command(two, capsys):
     folder, config, (a, b) = two
     given = [str(folder / "a"), str(folder / "b")]

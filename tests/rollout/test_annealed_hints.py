@@ -47,6 +47,7 @@ def test_the_number_of_pieces_is_binomial():
     assert (np.asarray(binomial(uniform, 1.0, 5)) == 5).all()
 
 
+@pytest.mark.slow
 def test_samples_of_a_prompt_share_a_hint_that_is_gone_in_the_end(make_bigram):
     model = make_bigram(16)
     plan = annealed_hint(plain(samples_per_prompt=SAMPLES), hinted_share=0.5, first_share=0.9, **SIZES)

@@ -106,6 +106,7 @@ def test_prefixes_of_demonstrations(model):
     assert metrics["sampler_gap_max"] < 1e-5
 
 
+@pytest.mark.slow
 def test_help_is_there_while_sampling_and_not_while_learning(model):
     made = partial(plans.helped, inside(1), samples_per_prompt=SAMPLES, branches=1)
     rows, metrics, _ = drawn(model, made(keep="all"))

@@ -198,6 +198,7 @@ def test_rounds_in_slots_are_the_same(model, params):
 # ---- budget ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_budget_follows_what_was_right_at_the_last_visit(model, params):
     prompts = make_prompts(8)
     plan = budget(plain(samples_per_prompt=3), samples_per_prompt=3, prompt_ids=8, least=1, most=8)
@@ -448,6 +449,7 @@ def test_groups_of_conversations_are_refilled(model, params):
     assert (rows.source == Source.OBSERVATION).any()
 
 
+@pytest.mark.slow
 def test_prompts_are_talked_about_until_they_have_enough_of_both_kinds(model, params):
     step = composed(model, in_rounds(), 2, [some_even], {"environment": TALK})
     metrics, rows = one_step(step, params, make_prompts(8))

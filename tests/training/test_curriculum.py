@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 from jaxrl_llm import advantages, losses
 from jaxrl_llm.experience import Prompts
@@ -21,6 +22,7 @@ def solved(tokens, prompt_id):
     return jnp.where(prompt_id >= 4, tokens[:, 0] % 2, 0).astype(jnp.float32)
 
 
+@pytest.mark.slow
 def test_the_bandit_finds_the_arm_that_teaches(make_bigram):
     step = make_train_step(
         make_bigram(16),

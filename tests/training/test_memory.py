@@ -77,7 +77,7 @@ def temporary_bytes(compiled) -> int:
 
 
 CASES = [
-    {"samples": "vocabulary", "generator": "reverse_kl"},
+    pytest.param({"samples": "vocabulary", "generator": "reverse_kl"}, marks=pytest.mark.slow),
     pytest.param({"samples": "vocabulary", "generator": "jensen_shannon"}, marks=pytest.mark.slow),
     {"samples": "top_k", "generator": "forward_kl", "k": 16},
 ]

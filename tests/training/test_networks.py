@@ -311,10 +311,8 @@ def test_a_value_model_learns_what_is_expected(bigram, make_prompts):
     assert np.mean(values[-4:]) < np.mean(values[:4])
 
 
-@pytest.mark.parametrize(
-    ("backbone", "moves"),
-    [pytest.param("own", False, marks=pytest.mark.slow), ("shared", True)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("backbone", "moves"), [("own", False), ("shared", True)])
 def test_a_shared_backbone_learns_from_the_value_loss_and_an_own_one_leaves_the_policy_alone(
     model, make_prompts, backbone, moves
 ):

@@ -87,6 +87,7 @@ def learned(prompts, params):
     return at
 
 
+@pytest.mark.slow
 def test_training_learns_through_the_recorded_experts(learned):
     """The first update starts from the sampler: ratio 1 exactly, whatever experts another router would pick."""
     metrics = learned(None)

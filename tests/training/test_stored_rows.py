@@ -87,6 +87,7 @@ class TestStored:
         np.testing.assert_array_equal(both["stored_logprobs"][:8], 0)
         np.testing.assert_array_equal(both["stored_logprobs"][8:], rows.behaviour_logprobs)
 
+    @pytest.mark.slow
     def test_a_step_learns_from_stored_rows_beside_its_samples(self, model, make_prompts, rows):
         step = composed(
             model,
