@@ -265,7 +265,8 @@ JUDGED: dict[str, Any] = {
     "steps": lambda one, other: {"steps": [f"{one};", str(one + other % 2)], "labels": [1, int(other < 2)]},
     "rankings": lambda one, other: {"completions": [str(one + other), str(one + other + 1), str(one)]},
     "ratings": lambda one, other: (
-        {"completion": str(one + other % 2), "rating": 4.0 - other} | dict.fromkeys(("helpfulness", "verbosity"), other)
+        {"completion": str(one + other % 2), "rating": 4.0 - other % 5}
+        | dict.fromkeys(("helpfulness", "verbosity"), other % 5)
     ),
     "distributions": lambda one, other: likely(str(one + other)),
 }
