@@ -92,21 +92,25 @@ def renamed(function: Callable | Method, /, **other: str) -> Any:
     if unknown := sorted(other.keys() - declared.parameters.keys()):
         known = [name for name, p in declared.parameters.items() if p.kind is not p.KEYWORD_ONLY]
         raise ValueError(f"{name_of(function)} reads no {unknown[0]!r}; it reads {', '.join(known)}")
-    parts: dict[str, list[inspect.Parameter]] = {}
-    for name, parameter in declared.parameters.items():
-        parts.setdefault(other.get(name, name), []).append(parameter)
-    for name, of in parts.items():
+    readers: dict[str, list[str]] = {}
+    for name in declared.parameters:
+        readers.setdefault(other.get(name, name), []).append(name)
+    parameters = []
+    for name, ones in readers.items():
+        of = [declared.parameters[one] for one in ones]
         if len(of) > 1 and any(p.kind is p.KEYWORD_ONLY for p in of):
             raise ValueError(f"{name_of(function)} has a hyper-parameter {name!r}; its data needs another name")
-    # Of parameters with the same data one may have a default; data without a default comes first.
-    merged = [min(of, key=_optional).replace(name=name) for name, of in parts.items()]
+        parameters.append(min(of, key=_optional).replace(name=name))  # required if one of them is
+    parameters.sort(key=lambda p: (p.kind, _optional(p)))
 
     def reading_others(*args: Any, **data: Any) -> Any:
-        passed = {p.name: value for name, value in data.items() for p in parts.get(name, ())}
-        return function(*args, **{name: value for name, value in data.items() if name not in parts}, **passed)
+        # Data with the own name of a parameter that reads other data is not for it, also with `**kwargs`.
+        passed = {
+            one: value for name, value in data.items() for one in readers.get(name, () if name in other else (name,))
+        }
+        return function(*args, **passed)
 
     update_wrapper(reading_others, function)
-    parameters = sorted(merged, key=lambda p: (p.kind, _optional(p)))
     reading_others.__signature__ = declared.replace(parameters=parameters)  # type: ignore[attr-defined]
     reading_others.__name__ = name_of(function)
     return reading_others

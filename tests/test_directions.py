@@ -65,8 +65,8 @@ def test_a_curve_is_the_mean_of_parts_of_a_run(curves):
 
 
 def test_a_curve_starts_where_what_a_recipe_shows_is_first_measured(curves):
-    reinforced = [{"loss": 1.0, "truncated_share": 0.5 - 0.01 * i} for i in range(40)]
-    reinforced = [line | {"completion_tokens": 40.0, "correct_share": 0.5} for line in reinforced]
+    held = {"loss": 1.0, "completion_tokens": 40.0, "correct_share": 0.5}
+    reinforced = [held | {"truncated_share": 0.5 - 0.01 * i} for i in range(40)]
     found = curves.recorded("dler", [[{"loss": 2.0}] * 10 + reinforced], 256)
     assert found["steps"] == 40
     assert found["metrics"]["truncated_share"][0][0] == 0.495

@@ -38,7 +38,7 @@ from jaxrl_llm.training import make_train_step
 VOCABULARY = CharacterTokenizer().vocabulary_size
 FILES = {path.stem: path for path in shipped.method_files()}
 RECIPES = sorted(FILES.keys() - {"base"})
-# One of each kind; the others are trained by the slow tests.
+# The others are trained by the slow tests.
 AMONG_THE_FAST = ["grpo"]
 
 # Recipes of several stages are trained as a whole in tests/run/test_written_recipes.py and test_across_stages.py.
@@ -363,14 +363,12 @@ def small(name: str, data_directory: str) -> dict[str, Any]:
     tree["source"] = sources if isinstance(sources, list) else [sources]
     for source in (*tree["source"], *(stage["source"] for stage in stages if "source" in stage)):
         for name, hyper in source.items() if isinstance(source, dict) else ():
-            if "sequences_per_step" in hyper:
-                hyper["sequences_per_step"] = samples * cuts
+            for size in hyper.keys() & {"sequences_per_step", "groups_per_step"}:
+                hyper[size] = samples * cuts
             if name == "hardest":
                 hyper["sequences_per_pass"] = samples * cuts
             if name == "solved_answers":  # the micro policy solves few prompts reliably
                 hyper |= {"attempts": 1, "min_correct": 1}
-            if name in JUDGED:
-                hyper |= {f"{'sequences' if name == 'distributions' else 'groups'}_per_step": samples * cuts}
     supply(tree, data_directory)
     for entry in tree["credit"]:
         if entry.get("well_formed") == "answer_format":  # the micro task has no think part

@@ -145,3 +145,12 @@ def test_several_parameters_may_read_the_same_data_under_another_name():
     assert call(renamed(ratio, yes="no", no="yes"), {"yes": 2.0, "no": 8.0}) == 4.0
     with pytest.raises(ValueError, match="ratio has a hyper-parameter 'by'; its data needs another name"):
         renamed(ratio, yes="by")
+
+
+def test_data_with_the_own_name_of_a_parameter_that_reads_other_data_is_left_out():
+    def said(completions, **columns):
+        return completions, columns
+
+    given = {"completions": "own", "first_text": "other", "hint": "h"}
+    assert renamed(said, completions="first_text")(**given) == ("other", {"hint": "h"})
+    assert renamed(said, completions="first_text")(**dict(reversed(given.items()))) == ("other", {"hint": "h"})

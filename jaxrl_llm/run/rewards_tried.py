@@ -1,4 +1,4 @@
-"""Checks of rewards before compilation: the data has the columns that they read, and each can be called."""
+"""Checks of rewards and views before compilation: the data has the columns that they read, and each can be called."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def _unusable(function: Any, rows: Sequence[Mapping[str, Any]]) -> str | None:
     return None
 
 
-def try_rewards(parts: Parts, sets: Mapping[str, Any]) -> None:
+def try_readings(parts: Parts, sets: Mapping[str, Any]) -> None:
     """Call what reads text on two rows: the first training problem with its reference completion.
 
     That is each reward, and each view of texts and columns alone. A reward with `value_on_failure` may fail on one row.

@@ -45,7 +45,7 @@ from jaxrl_llm.run.prompt_choices import first_batch
 from jaxrl_llm.run.remarks import before_the_steps
 from jaxrl_llm.run.restored import require_branch
 from jaxrl_llm.run.resuming import move_damaged, restored_state, resume_step, with_local
-from jaxrl_llm.run.rewards_tried import answers_of, require_read, try_rewards
+from jaxrl_llm.run.rewards_tried import answers_of, require_read, try_readings
 from jaxrl_llm.run.setup import Parts
 from jaxrl_llm.run.staged import staged
 from jaxrl_llm.run.stages import Run, Stage, Stopped, run_stage, stage_data, written_of
@@ -175,7 +175,7 @@ def _train(
     for split in ("validation", "test") if data else ():
         encoded(built, data[split])
     for stage in stages:
-        try_rewards(stage.parts, sets[stage.name])
+        try_readings(stage.parts, sets[stage.name])
     first_step = (newest or 0) if resume else None
     console.print(units_table(units(built)))
     for note in before_the_steps(config, stages, meta):

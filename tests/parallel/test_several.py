@@ -204,8 +204,16 @@ def launched(commands: list[list[str]], directory: Path, environments: list[dict
 # ---- steps ----
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("what", ["plain", "read", "one step off-policy", "refilled", "replayed, offloaded"])
+@pytest.mark.parametrize(
+    "what",
+    [
+        "plain",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("read", "one step off-policy", "refilled", "replayed, offloaded")
+        ),
+    ],
+)
 def test_steps_of_two_processes_are_those_of_one(tmp_path, what):
     with ExitStack() as stack:
         runs = []

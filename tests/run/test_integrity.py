@@ -173,14 +173,18 @@ def same(found, expected) -> None:
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(bits(a), bits(b)), found, expected)
 
 
-# A few of the ways in which a checkpoint is damaged; the others are slow.
+# One of each way in which a checkpoint is looked at; the others are slow.
 FAST = {
     "data: a byte in the middle",
     "data: gone",
+    "manifest: of another step",
     "tree: not JSON",
+    "meta: gone",
     "meta: a number changed",
     "meta: nested deeply",
+    "state: of another step",
     "step: an empty directory",
+    "step: a file",
 }
 
 

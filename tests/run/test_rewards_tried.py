@@ -14,7 +14,7 @@ from jaxrl_llm.config import WarmStartConfig, parse_config
 from jaxrl_llm.data import CharacterTokenizer
 from jaxrl_llm.rewards import RewardError
 from jaxrl_llm.run.problems import data_sets
-from jaxrl_llm.run.rewards_tried import require_answers, require_columns, require_usable_answers, try_rewards
+from jaxrl_llm.run.rewards_tried import require_answers, require_columns, require_usable_answers, try_readings
 from jaxrl_llm.run.setup import parts
 from jaxrl_llm.run.train import train
 
@@ -77,17 +77,17 @@ def made(micro_config, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_a_reward_is_tried_on_the_first_row_with_its_columns(made):
     with pytest.raises(RewardError, match=r"got \['12', '12'\] \[3, 3\] \[2, 2\] \['12', '12'\]"):
-        try_rewards(*made("telling", {"hardness": 3, "answer": "12"}))
+        try_readings(*made("telling", {"hardness": 3, "answer": "12"}))
     built, sets = made("telling", {"hardness": 3})
     require_answers(built, sets)  # what is optional is not demanded
     with pytest.raises(RewardError, match=r"got \['', ''\] \[3, 3\] \[0, 0\] \['', ''\]"):
-        try_rewards(built, sets)
-    try_rewards(*made("graded", {"hardness": 3}))
+        try_readings(built, sets)
+    try_readings(*made("graded", {"hardness": 3}))
 
 
 def test_a_reward_that_fails_says_so_before_a_step(made):
     with pytest.raises(RewardError, match=r"reward 'broken' raised ZeroDivisionError: .* at row 0"):
-        try_rewards(*made("broken", {"hardness": 3}))
+        try_readings(*made("broken", {"hardness": 3}))
 
 
 @pytest.mark.parametrize(
@@ -95,14 +95,14 @@ def test_a_reward_that_fails_says_so_before_a_step(made):
 )
 def test_a_reward_that_cannot_work_is_refused_whatever_its_value_on_failure(made, function):
     with pytest.raises(RewardError, match=f"'{function.__name__}' (raised|returned)"):
-        try_rewards(*made(function.__name__, {"hardness": 3}, value_on_failure=0.0))
+        try_readings(*made(function.__name__, {"hardness": 3}, value_on_failure=0.0))
 
 
 def test_a_reward_with_a_value_on_failure_may_fail_on_one_row(made):
     with pytest.raises(RewardError, match="'failing_once' "):
-        try_rewards(*made("failing_once", {"hardness": 3}))
+        try_readings(*made("failing_once", {"hardness": 3}))
     FAILED.clear()
-    assert try_rewards(*made("failing_once", {"hardness": 3}, value_on_failure=0.0)) is None
+    assert try_readings(*made("failing_once", {"hardness": 3}, value_on_failure=0.0)) is None
 
 
 @pytest.mark.slow
@@ -115,7 +115,7 @@ def test_a_reward_with_a_value_on_failure_may_fail_on_one_row(made):
 )
 def test_values_that_are_no_rewards_are_refused_before_a_step(made, reward, message):
     with pytest.raises(RewardError, match=message):
-        try_rewards(*made(reward, {"hardness": 3}))
+        try_readings(*made(reward, {"hardness": 3}))
 
 
 def test_a_view_that_names_no_text_is_refused_before_a_step(micro_config):
@@ -127,7 +127,7 @@ def test_a_view_that_names_no_text_is_refused_before_a_step(micro_config):
     with pytest.raises(
         RewardError, match=r"'asked' raised ValueError: filled_text: template .* name {thought}, which is"
     ):
-        try_rewards(built, data_sets(built.config))
+        try_readings(built, data_sets(built.config))
 
 
 def test_an_answer_that_a_verifier_cannot_use_is_named_with_its_row(micro_config, tmp_path):
